@@ -1,0 +1,125 @@
+"""Settings and batches that cross a room's border.
+
+Shape legend, used for every tensor name in the package: B sequences, T positions (prompt and response together),
+N response tokens laid end to end, V vocabulary entries, D hidden units, S samples of one prompt.
+
+Alignment: every ``*_BT`` tensor is indexed by the token that it speaks of. ``logp_BT[b, t]`` is
+``log pi(input_ids_BT[b, t] | input_ids_BT[b, :t])``, and ``response_mask_BT[b, t]`` is True where
+``input_ids_BT[b, t]`` belongs to the response (its EOS included). There is no shifted copy anywhere, and column 0 is
+never part of a response.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _TensorBatch:
+    """Moves and slices a dataclass of tensors; the fields themselves are declared by the subclasses."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        """Return a copy whose tensors lie on ``device``; Lightning calls this to transfer a batch."""
+        moved = {
+            field.name: value.to(device, **kwargs) if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            for value in (getattr(self, field.name),)
+        }
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch(_TensorBatch):
+    """Prompts and responses as one padded rectangle."""
+
+    input_ids_BT: Tensor
+    """[B, T] int64 token ids, prompt then response; padding holds any valid id."""
+    attention_mask_BT: Tensor
+    """[B, T] bool, True on prompt and response tokens, False on padding (on either side)."""
+    response_mask_BT: Tensor
+    """[B, T] bool, True where the token belongs to the response, EOS included. Made from lengths, never from ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTBatch(TokenBatch):
+    """One micro-batch of demonstrations."""
+
+    num_tokens: int
+    """Response tokens in the whole optimizer step: every micro-batch of every rank. The loss's denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch(TokenBatch):
+    """Samples of the current actor, right-padded."""
+
+    prompt_index_B: Tensor
+    """[B] int64, which training prompt each row answers; the samples of one prompt share it and are adjacent."""
+    is_truncated_B: Tensor
+    """[B] bool, True where the response reached the length limit without EOS."""
+    sampler_logp_BT: Tensor
+    """[B, T] float32 log-probability under the sampler's own (tempered) distribution; 0 outside the response."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores(_TensorBatch):
+    """What the actor, the teacher and the reference say of each response token; all exactly 0 elsewhere.
+
+    Log-probabilities are float32 log-softmax of raw, untempered logits, from the trainer's own forward.
+    """
+
+    response_mask_BT: Tensor
+    """[B, T] bool, True on response tokens."""
+    old_logp_BT: Tensor
+    """[B, T] float32, log pi_old: the actor as it sampled."""
+    teacher_logp_BT: Tensor
+    """[B, T] float32, log pi_SFT."""
+    reference_logp_BT: Tensor
+    """[B, T] float32, log pi_ref."""
+    old_entropy_BT: Tensor
+    """[B, T] float32, nats, entropy of pi_old at the state in which the token was chosen."""
+    teacher_value_BT: Tensor | None = None
+    """[B, T] float32, V_SFT = logsumexp of the teacher's logits at the state in which the token was chosen."""
+    reference_value_BT: Tensor | None = None
+    """[B, T] float32, the same under the reference."""
+    teacher_kl_BT: Tensor | None = None
+    """[B, T] float32, exact KL(pi_old || pi_SFT) at that state, summed over the vocabulary."""
+    reference_kl_BT: Tensor | None = None
+    """[B, T] float32, exact KL(pi_old || pi_ref) at that state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DPRBatch(TokenBatch):
+    """One micro-batch of scored rollouts, ready for the policy loss."""
+
+    old_logp_BT: Tensor
+    """[B, T] float32, log pi_old."""
+    teacher_logp_BT: Tensor
+    """[B, T] float32, log pi_SFT, for the KL terms and metrics."""
+    advantage_BT: Tensor
+    """[B, T] float32, normalised over the whole rollout batch and all ranks; 0 outside the response."""
+    num_tokens: int
+    """Response tokens in the whole optimizer step: every micro-batch of every rank."""
+    num_sequences: int
+    """Responses in the whole optimizer step, likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 1024
+    """Longest response, EOS included; one that reaches it without EOS is marked truncated."""
+    temperature: float = 1.0
+    """Softmax temperature; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]; 1 keeps every token."""
+    top_k: int = 0
+    """Keep only this many most likely tokens; 0 keeps every token."""
+    batch_size: int = 64
+    """Prompts decoded together."""
