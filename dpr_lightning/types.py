@@ -110,6 +110,24 @@ class DPRBatch(TokenBatch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """One epoch's rollouts on this rank with everything that the updates need; advantages are final."""
+
+    rollouts: RolloutBatch
+    scores: TokenScores
+    reward_BT: Tensor
+    """[B, T] float32, KL penalty inside where there is one; 0 outside the response, like the two below."""
+    return_BT: Tensor
+    """[B, T] float32 reward-to-go."""
+    advantage_BT: Tensor
+    """[B, T] float32, baseline removed and normalised over all ranks."""
+    stats: dict[str, float]
+    """Figures of the whole rollout batch over all ranks, by log key."""
+    seconds: dict[str, float]
+    """Wall time of this rank's ``rollout`` and ``score`` stages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """How responses are drawn."""
 

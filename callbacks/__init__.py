@@ -1,0 +1,1 @@
+"""Lightning callbacks: they watch, keep or stop a run, and never change an update."""

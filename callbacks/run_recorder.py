@@ -1,0 +1,65 @@
+"""Writes down what a run is: merged configuration and manifest, before the first step."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+from dpr_lightning.manifest import atomic_write_json, environment, now, read_json
+
+
+class RunRecorder(SaveConfigCallback):
+    """Writes ``config.yaml`` and ``run.json`` into the run's directory when ``fit`` starts, and how it ended.
+
+    A resumed run keeps every earlier configuration as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    """
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        run_dir = Path(trainer.default_root_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "config.yaml"
+        text = self.parser.dump(self.config, skip_none=False)
+        if path.exists() and path.read_text() != text:
+            number = len(list(run_dir.glob("config.*.yaml"))) + 1
+            path.rename(run_dir / f"config.{number}.yaml")
+        path.write_text(text)
+        describe = getattr(trainer.datamodule, "data_manifest", None)  # type: ignore[attr-defined]
+        atomic_write_json(
+            run_dir / "run.json",
+            {
+                "kind": "run",
+                "status": "running",
+                "started": now(),
+                "command": shlex.join(sys.argv),
+                "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+                "environment": environment(),
+                "world_size": trainer.world_size,
+                "seed": self.config.get("seed_everything"),
+                "data": describe() if describe is not None else None,
+            },
+        )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record_end(trainer, "interrupted" if trainer.interrupted else "finished", "")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._record_end(trainer, "failed", f"{type(exception).__name__}: {exception}")
+
+    def _record_end(self, trainer: Trainer, status: str, reason: str) -> None:
+        path = Path(trainer.default_root_dir) / "run.json"
+        if not trainer.is_global_zero or not path.exists() or trainer.state.fn != "fit":
+            return
+        record = read_json(path)
+        record |= {"status": status, "reason": reason, "ended": now(), "optimizer_steps": trainer.global_step}
+        atomic_write_json(path, record)
+

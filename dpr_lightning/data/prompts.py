@@ -1,0 +1,132 @@
+"""Prompts without their answers: for rollouts, prediction and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, load_demonstrations
+from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
+from dpr_lightning.data.loader import MicroBatchLoader
+from dpr_lightning.data.templates import PromptTemplate
+from dpr_lightning.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBatch:
+    """Some prompts, unpadded: each sampler pads as it needs."""
+
+    prompt_ids: list[list[int]]
+    """Token ids of each prompt, BOS included."""
+    rows: list[dict[str, Any]]
+    """Columns of the source row of each prompt, with ``row``, prompt, system and response."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        """Return self: there is no tensor to move; Lightning calls this to transfer a batch."""
+        del device, kwargs
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of one split, in source order; a prompt that occurs in several rows occurs here as often."""
+
+    encoded: EncodedDemonstrations
+    report: DropReport
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """Return the ids of prompt ``index``, BOS included."""
+        return self.encoded.prompt_ids(index)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the columns of prompt ``index``'s row; read from disk."""
+        return self.encoded.metadata(index)
+
+    def batch(self, indices: Sequence[int]) -> PromptBatch:
+        """Return the prompts at ``indices``."""
+        return PromptBatch(
+            prompt_ids=[self.prompt_ids(index) for index in indices], rows=[self.row(index) for index in indices]
+        )
+
+    def loader(
+        self, batch_size: int, *, world_size: int = 1, rank: int = 0, limit: int | None = None
+    ) -> MicroBatchLoader[list[int], PromptBatch]:
+        """Return a loader of this rank's share, in source order.
+
+        Every rank gets equally many batches, because ranks of a sharded model generate together; where they do not
+        divide, the first batches are served again (each row carries its number).
+
+        Args:
+            batch_size: Prompts of one batch.
+            world_size: Data-parallel ranks.
+            rank: This data-parallel rank.
+            limit: Serve only this many prompts, the first ones.
+        """
+        num_prompts = len(self) if limit is None else min(limit, len(self))
+        starts = list(range(0, num_prompts, batch_size))
+        starts += [starts[i % len(starts)] for i in range(-len(starts) % world_size)]
+        chunks = [list(range(start, min(start + batch_size, num_prompts))) for start in starts[rank::world_size]]
+        return MicroBatchLoader(lambda _: chunks, self.batch)
+
+    @property
+    def num_duplicates(self) -> int:
+        """Rows whose prompt has occurred before."""
+        return len(self) - len(self.encoded.distinct_prompts())
+
+
+def load_prompts(
+    config: DemonstrationConfig,
+    *,
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Collection[SplitName] = ("train", "validation", "test"),
+) -> dict[SplitName, Prompts]:
+    """Return the prompts of the splits that ``config`` defines, encoded as SFT encodes them.
+
+    Responses are not needed, and rows whose response SFT could not use are kept; splits and subsample are those of
+    SFT with the same configuration.
+
+    Args:
+        config: The source and how it is split.
+        template: Renders prompts.
+        tokenizer: The model's.
+        splits: Leave others out.
+
+    Raises:
+        UserError: See :func:`load_demonstrations` and :func:`encode_table`.
+    """
+    prompts: dict[SplitName, Prompts] = {}
+    for split, table in load_demonstrations(config, needs_response=False).items():
+        if split not in splits:
+            continue
+        encoded, report = encode_table(
+            table, tokenizer=tokenizer, template=template, config=config, split=split, needs_response=False
+        )
+        prompts[split] = Prompts(encoded, report)
+    return prompts
+
+
+def evaluation_split(splits: dict[SplitName, Prompts]) -> SplitName:
+    """Return the split on which predictions are made: test, else validation.
+
+    Raises:
+        UserError: Neither is configured; answering training prompts would say nothing.
+    """
+    if "test" in splits:
+        return "test"
+    if "validation" in splits:
+        return "validation"
+    raise UserError(
+        "data.demonstrations: no held-out prompts to answer; set test_source, test_fraction, validation_source or "
+        "validation_fraction"
+    )

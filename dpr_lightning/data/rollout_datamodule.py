@@ -1,0 +1,312 @@
+"""On-policy data: every epoch is one rollout batch, sampled from the current policy and scored before it is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+from typing_extensions import override
+
+from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
+from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
+from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch
+from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
+from dpr_lightning.data.tokenization import pad_id
+from dpr_lightning.errors import UserError
+from dpr_lightning.rollout.scoring import make_rollouts, trim
+from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, SamplingConfig, TokenScores
+
+if TYPE_CHECKING:
+    from dpr_lightning.modules.dpr import DPRModule
+
+
+class RolloutDataModule(LightningDataModule):
+    """Samples responses to training prompts once per epoch and serves them as shuffled micro-batches.
+
+    Prompts come in a seeded order, each once before any comes again. Everything that can be refused is refused in
+    ``setup``, before weights are loaded. Mid-epoch checkpoints carry the epoch's rollouts, so a resumed run trains on
+    the same ones.
+
+    Args:
+        demonstrations: Where prompts come from; None takes the teacher's run's own.
+        template: Renders prompts; None takes the teacher's, or plain text where the teacher is not a run of ours.
+        sampling: How rollouts are drawn.
+        prompts_per_rollout: Prompts of one epoch over all ranks.
+        samples_per_prompt: Responses drawn for each of them.
+        global_batch_size: Responses of one optimizer step over all ranks.
+        micro_batch_size: Responses of one forward on one rank.
+        num_validation_prompts: Held-out prompts answered in each validation; None takes all.
+        seed: Orders prompts and mini-batches and draws the samples.
+    """
+
+    def __init__(
+        self,
+        demonstrations: DemonstrationConfig | None = None,
+        template: PromptTemplate | None = None,
+        sampling: SamplingConfig | None = None,
+        prompts_per_rollout: int = 1024,
+        samples_per_prompt: int = 1,
+        global_batch_size: int = 128,
+        micro_batch_size: int = 8,
+        num_validation_prompts: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.demonstrations = demonstrations
+        self.template = template
+        self.sampling = sampling if sampling is not None else SamplingConfig()
+        self.prompts_per_rollout = prompts_per_rollout
+        self.samples_per_prompt = samples_per_prompt
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.num_validation_prompts = num_validation_prompts
+        self.seed = seed
+        self.prompts: dict[SplitName, Prompts] = {}
+        self.experience: Experience | None = None
+        self._experience_epoch = -1
+
+    @property
+    def module(self) -> DPRModule:
+        """The module that samples and scores."""
+        assert self.trainer is not None
+        return cast("DPRModule", self.trainer.lightning_module)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one rollout batch."""
+        return self.prompts_per_rollout * self.samples_per_prompt // self.global_batch_size
+
+    @override
+    def prepare_data(self) -> None:
+        prepare_sources(self._resolve_demonstrations())
+
+    @override
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        demonstrations = self._resolve_demonstrations()
+        self.demonstrations, self.template = demonstrations, self._resolve_template()
+        if stage == "fit":
+            self._check_sizes()
+        if not self.prompts:
+            self.prompts = load_prompts(demonstrations, template=self.template, tokenizer=self.module.tokenizer)
+            for prompts in self.prompts.values():
+                rank_zero_info(prompts.report.table())
+        if stage == "fit":
+            num_prompts = len(self.prompts["train"])
+            if self.prompts_per_rollout > num_prompts:
+                raise UserError(
+                    f"data.prompts_per_rollout: found {self.prompts_per_rollout}, but there are {num_prompts} training "
+                    "prompts and none may repeat within a rollout; lower it, or raise data.samples_per_prompt instead"
+                )
+            # One rollout per epoch: the loader is asked for again at the start of each.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        elif stage in ("validate", "test", "predict"):
+            evaluation_split(self.prompts)
+
+    @override
+    def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, DPRBatch]:
+        """Roll out and score with the weights as they are now, unless this epoch's rollouts were just restored."""
+        trainer = self.trainer
+        assert trainer is not None
+        epoch = running_epoch(trainer)
+        if self.experience is None or self._experience_epoch != epoch:
+            self.experience = self._roll_out(epoch)
+            self._experience_epoch = epoch
+        plans = self._plan_updates(self.experience, epoch)
+        return MicroBatchLoader(lambda _: plans, self._make_batch, epoch=lambda: running_epoch(trainer))
+
+    @override
+    def val_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch] | list[Any]:
+        # Lightning takes an empty list for "no validation".
+        if "validation" not in self.prompts:
+            return []
+        return self._prompt_loader(self.prompts["validation"], self.num_validation_prompts)
+
+    @override
+    def test_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+        return self._prompt_loader(self.prompts[evaluation_split(self.prompts)], None)
+
+    @override
+    def predict_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+        return self._prompt_loader(self.prompts[evaluation_split(self.prompts)], None)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the columns of training prompt ``index``."""
+        return self.prompts["train"].row(index)
+
+    def data_manifest(self) -> dict[str, Any]:
+        """Return, as plain JSON values, what a later stage or reader needs to know of the data of this run."""
+        assert self.demonstrations is not None
+        assert self.template is not None
+        return {
+            "demonstrations": dataclasses.asdict(self.demonstrations),
+            "template": self.template.to_manifest(),
+            "template_fingerprint": self.template.fingerprint(),
+            "prompts_per_rollout": self.prompts_per_rollout,
+            "samples_per_prompt": self.samples_per_prompt,
+            "global_batch_size": self.global_batch_size,
+            "sampling": dataclasses.asdict(self.sampling),
+            "order_seed": self.seed,
+            "splits": {
+                split: {"fingerprint": prompts.encoded.fingerprint(), **prompts.report.to_manifest()}
+                for split, prompts in self.prompts.items()
+            },
+        }
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running epoch's experience, so that a run killed in the middle of it goes on with the same."""
+        assert self.trainer is not None
+        if self.experience is None or self.trainer.world_size > 1:
+            return {}
+        experience = self.experience
+        return {
+            "epoch": self._experience_epoch,
+            "rollouts": _tensors(experience.rollouts),
+            "scores": _tensors(experience.scores),
+            **{name: getattr(experience, name) for name in ("reward_BT", "return_BT", "advantage_BT")},
+            "stats": experience.stats,
+            "seconds": experience.seconds,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the experience of :meth:`state_dict` back."""
+        if not state_dict:
+            return
+        self._experience_epoch = int(state_dict["epoch"])
+        self.experience = Experience(
+            rollouts=RolloutBatch(**state_dict["rollouts"]),
+            scores=TokenScores(**state_dict["scores"]),
+            **{name: state_dict[name] for name in ("reward_BT", "return_BT", "advantage_BT", "stats", "seconds")},
+        )
+
+    def prompt_indices(self, epoch: int) -> list[int]:
+        """Return the training prompts of ``epoch``'s rollout over all ranks: seeded, no repeat within a pass."""
+        num_prompts, size = len(self.prompts["train"]), self.prompts_per_rollout
+        positions = range(epoch * size, (epoch + 1) * size)
+        passes = {
+            number: np.random.default_rng([self.seed, 0, number]).permutation(num_prompts)
+            for number in {position // num_prompts for position in positions}
+        }
+        return [int(passes[position // num_prompts][position % num_prompts]) for position in positions]
+
+    def _roll_out(self, epoch: int) -> Experience:
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.world_size > 1 and trainer.fit_loop.epoch_loop.restarting and not trainer.is_last_batch:
+            raise UserError(
+                "ckpt_path: this checkpoint lies inside an epoch, and with several ranks the epoch's rollouts are not "
+                "in it; resume from one that was written at an epoch's end"
+            )
+        world_size, rank = data_parallel_rank(trainer)
+        share = self.prompts_per_rollout // world_size
+        mine = self.prompt_indices(epoch)[rank * share : (rank + 1) * share]
+        repeated = [index for index in mine for _ in range(self.samples_per_prompt)]
+        prompt_ids = [self.prompts["train"].prompt_ids(index) for index in repeated]
+        # Ranks draw differently, and a resumed epoch draws as the first time.
+        seed = int(np.random.SeedSequence([self.seed, 1, epoch, rank]).generate_state(1)[0])
+        start = time.perf_counter()
+        with tqdm(
+            total=len(prompt_ids), desc=f"Rollout {epoch}", unit="response", leave=False, disable=rank > 0 or None
+        ) as bar:
+            samples = self.module.sample(prompt_ids, self.sampling, seed=seed, on_progress=bar.update)
+        rollouts = make_rollouts(prompt_ids, samples, repeated, pad_id=pad_id(self.module.tokenizer))
+        return self.module.build_experience(rollouts, rollout_seconds=time.perf_counter() - start)
+
+    def _plan_updates(self, experience: Experience, epoch: int) -> list[MicroBatchPlan]:
+        """Deal this rank's responses to optimizer steps and micro-batches; counts are of all ranks."""
+        assert self.trainer is not None
+        world_size, rank = data_parallel_rank(self.trainer)
+        rollouts = experience.rollouts
+        order = np.random.default_rng([self.seed, 2, epoch, rank]).permutation(len(rollouts.prompt_index_B))
+        plans = plan_micro_batches(
+            order.tolist(),
+            rollouts.attention_mask_BT.sum(dim=1).tolist(),
+            rollouts.response_mask_BT.sum(dim=1).tolist(),
+            global_batch_size=self.global_batch_size // world_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        if world_size == 1:
+            return plans
+        mine = torch.tensor([[plan.num_tokens, plan.num_sequences] for plan in plans], dtype=torch.float64)
+        total = self.module.reduce_sum(mine).long().tolist()
+        return [MicroBatchPlan(plan.rows, tokens, rows) for plan, (tokens, rows) in zip(plans, total, strict=True)]
+
+    def _make_batch(self, plan: MicroBatchPlan) -> DPRBatch:
+        # The rank's responses divide into whole micro-batches (checked in setup), so there are no padding rows.
+        assert PADDING_ROW not in plan.rows
+        assert self.experience is not None
+        rows_B = torch.tensor(plan.rows)
+        tokens = trim(self.experience.rollouts, rows_B)
+        width = tokens.input_ids_BT.shape[1]
+        return DPRBatch(
+            input_ids_BT=tokens.input_ids_BT,
+            attention_mask_BT=tokens.attention_mask_BT,
+            response_mask_BT=tokens.response_mask_BT,
+            old_logp_BT=self.experience.scores.old_logp_BT[rows_B, :width],
+            teacher_logp_BT=self.experience.scores.teacher_logp_BT[rows_B, :width],
+            advantage_BT=self.experience.advantage_BT[rows_B, :width],
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
+        )
+
+    def _prompt_loader(self, prompts: Prompts, limit: int | None) -> MicroBatchLoader[list[int], PromptBatch]:
+        assert self.trainer is not None
+        world_size, rank = data_parallel_rank(self.trainer)
+        return prompts.loader(self.sampling.batch_size, world_size=world_size, rank=rank, limit=limit)
+
+    def _resolve_demonstrations(self) -> DemonstrationConfig:
+        if self.demonstrations is not None:
+            return self.demonstrations
+        recorded = (self.module.teacher_manifest or {}).get("data")
+        if not recorded:
+            raise UserError(
+                "data.demonstrations: the teacher is not a run of dpr-lightning, so its prompts are unknown; set "
+                "data.demonstrations.source to a file of prompts"
+            )
+        return DemonstrationConfig(**recorded["demonstrations"])
+
+    def _resolve_template(self) -> PromptTemplate:
+        recorded = (self.module.teacher_manifest or {}).get("data")
+        taught = template_from_manifest(recorded["template"]) if recorded else None
+        if taught is not None and self.template is not None and self.template != taught:
+            raise UserError(
+                f"data.template: found {self.template}, but the teacher was trained with {taught}; leave it out"
+            )
+        return taught or self.template or TextTemplate()
+
+    def _check_sizes(self) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        for name in ("prompts_per_rollout", "samples_per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}: found {getattr(self, name)}; give a whole number of at least 1")
+        world_size, _ = data_parallel_rank(trainer)
+        derived = accumulation(
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, world_size=world_size
+        )
+        num_responses = self.prompts_per_rollout * self.samples_per_prompt
+        if num_responses % self.global_batch_size or self.prompts_per_rollout % world_size:
+            raise UserError(
+                f"data.prompts_per_rollout: {self.prompts_per_rollout} prompts x {self.samples_per_prompt} samples = "
+                f"{num_responses} responses are no multiple of data.global_batch_size {self.global_batch_size}, or the "
+                f"prompts none of {world_size} ranks; change one so that they divide"
+            )
+        if trainer.accumulate_grad_batches not in (1, derived):
+            raise UserError(
+                f"trainer.accumulate_grad_batches: found {trainer.accumulate_grad_batches}, but the batch sizes make "
+                f"{derived}; leave it out"
+            )
+        trainer.accumulate_grad_batches = derived
+
+
+def _tensors(batch: RolloutBatch | TokenScores) -> dict[str, Any]:
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

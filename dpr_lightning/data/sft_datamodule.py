@@ -1,0 +1,246 @@
+"""Demonstrations for SFT, as a Lightning DataModule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
+from dpr_lightning.functional.collate import collate
+from dpr_lightning.data.demonstrations import (
+    CONFIG_KEY,
+    DemonstrationConfig,
+    SplitName,
+    load_demonstrations,
+    prepare_sources,
+)
+from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
+from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch
+from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.templates import PromptTemplate, TextTemplate
+from dpr_lightning.data.tokenization import pad_id
+from dpr_lightning.errors import UserError
+from dpr_lightning.types import SFTBatch
+
+_STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class SFTDataModule(LightningDataModule):
+    """Serves demonstrations in micro-batches of like length, the same optimizer steps whatever the number of ranks.
+
+    Everything that can be refused is refused in ``setup``, which runs before the model's weights are loaded. It reads
+    the tokenizer from ``trainer.lightning_module.tokenizer`` and sets ``trainer.accumulate_grad_batches``.
+
+    Args:
+        demonstrations: Where demonstrations come from, how they are split and how long they may be.
+        template: Renders prompts; by default plain text, for base models.
+        global_batch_size: Demonstrations of one optimizer step over all ranks.
+        micro_batch_size: Demonstrations of one forward on one rank.
+        seed: Orders each epoch.
+        drop_last: Leave an incomplete last optimizer step of an epoch out.
+    """
+
+    def __init__(
+        self,
+        demonstrations: DemonstrationConfig,
+        template: PromptTemplate | None = None,
+        global_batch_size: int = 256,
+        micro_batch_size: int = 8,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.demonstrations = demonstrations
+        self.template = template if template is not None else TextTemplate()
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.encoded: dict[SplitName, EncodedDemonstrations] = {}
+        self.drop_reports: dict[SplitName, DropReport] = {}
+        self.prompts: dict[SplitName, Prompts] = {}
+        self.num_leaked_prompts = 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        assert self.trainer is not None
+        assert self.trainer.lightning_module is not None
+        tokenizer = self.trainer.lightning_module.tokenizer
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        prepare_sources(self.demonstrations)
+
+    @override
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        if stage == "predict":
+            self.prompts = load_prompts(
+                self.demonstrations,
+                template=self.template,
+                tokenizer=self.tokenizer,
+                splits=("validation", "test"),
+            )
+            evaluation_split(self.prompts)
+            return
+        if stage == "fit":
+            self._set_accumulation()
+        self._encode(_STAGE_SPLITS[stage])
+        if stage == "fit" and self.drop_last and len(self.encoded["train"]) < self.global_batch_size:
+            raise UserError(
+                f"data.global_batch_size: {self.global_batch_size} is more than the {len(self.encoded['train'])} "
+                "training rows, and drop_last leaves no step; lower it or set data.drop_last to false"
+            )
+        needed = _STAGE_SPLITS[stage][0]
+        if needed not in self.encoded:
+            raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
+
+    @override
+    def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
+        trainer = self.trainer
+        assert trainer is not None
+        return MicroBatchLoader(self.plan_epoch, self._train_batch, epoch=lambda: running_epoch(trainer))
+
+    @override
+    def val_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch] | list[Any]:
+        # Lightning takes an empty list for "no validation".
+        return self._evaluation_loader("validation") if "validation" in self.encoded else []
+
+    @override
+    def test_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
+        return self._evaluation_loader("test")
+
+    @override
+    def predict_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+        """Serve held-out prompts in source order; see :meth:`Prompts.loader`."""
+        assert self.trainer is not None
+        world_size, rank = data_parallel_rank(self.trainer)
+        prompts = self.prompts[evaluation_split(self.prompts)]
+        return prompts.loader(self.micro_batch_size, world_size=world_size, rank=rank)
+
+    def plan_epoch(self, epoch: int) -> list[MicroBatchPlan]:
+        """Return this rank's micro-batches of ``epoch``: a function of the data, the sizes, the seed and ``epoch``."""
+        assert self.trainer is not None
+        encoded = self.encoded["train"]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(encoded))
+        world_size, rank = data_parallel_rank(self.trainer)
+        return plan_micro_batches(
+            order.tolist(),
+            (encoded.prompt_lengths + encoded.response_lengths).tolist(),
+            encoded.response_lengths.tolist(),
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            world_size=world_size,
+            rank=rank,
+            drop_last=self.drop_last,
+        )
+
+    def data_manifest(self) -> dict[str, Any]:
+        """Return, as plain JSON values, what a later stage or reader needs to know of the data of this run."""
+        return {
+            "demonstrations": dataclasses.asdict(self.demonstrations),
+            "template": self.template.to_manifest(),
+            "template_fingerprint": self.template.fingerprint(),
+            "global_batch_size": self.global_batch_size,
+            "order_seed": self.seed,
+            "splits": {
+                split: {"fingerprint": encoded.fingerprint(), **self.drop_reports[split].to_manifest()}
+                for split, encoded in self.encoded.items()
+            },
+            "validation_prompts_seen_in_training": self.num_leaked_prompts,
+        }
+
+    def _set_accumulation(self) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        world_size, _ = data_parallel_rank(trainer)
+        derived = accumulation(
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, world_size=world_size
+        )
+        if trainer.accumulate_grad_batches not in (1, derived):
+            raise UserError(
+                f"trainer.accumulate_grad_batches: found {trainer.accumulate_grad_batches}, but data.global_batch_size "
+                f"{self.global_batch_size} over {world_size} ranks of micro-batches of {self.micro_batch_size} makes "
+                f"{derived}; leave it out"
+            )
+        trainer.accumulate_grad_batches = derived
+
+    def _encode(self, splits: tuple[SplitName, ...]) -> None:
+        missing = [split for split in splits if split not in self.encoded]
+        if not missing:
+            return
+        tables = load_demonstrations(self.demonstrations)
+        for split in missing:
+            if split not in tables:
+                continue
+            self.encoded[split], self.drop_reports[split] = encode_table(
+                tables[split],
+                tokenizer=self.tokenizer,
+                template=self.template,
+                config=self.demonstrations,
+                split=split,
+            )
+            rank_zero_info(self.drop_reports[split].table())
+        if "train" in missing and "validation" in self.encoded:
+            self._count_leaked_prompts()
+
+    def _count_leaked_prompts(self) -> None:
+        """A split by prompt shares none; a validation source of its own, or a template that drops text, may."""
+        held_out = self.encoded["validation"].distinct_prompts()
+        self.num_leaked_prompts = len(held_out & self.encoded["train"].distinct_prompts())
+        if self.num_leaked_prompts:
+            rank_zero_warn(
+                f"{self.num_leaked_prompts} of {len(held_out)} distinct validation prompts are training prompts too: "
+                "the validation loss will look better than it is"
+            )
+
+    def _evaluation_loader(self, split: SplitName) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
+        assert self.trainer is not None
+        encoded = self.encoded[split]
+        total_lengths = encoded.prompt_lengths + encoded.response_lengths
+        world_size, rank = data_parallel_rank(self.trainer)
+        plans = plan_micro_batches(
+            np.argsort(-total_lengths, kind="stable").tolist(),
+            total_lengths.tolist(),
+            encoded.response_lengths.tolist(),
+            global_batch_size=self.micro_batch_size * world_size,
+            micro_batch_size=self.micro_batch_size,
+            world_size=world_size,
+            rank=rank,
+        )
+
+        def make_batch(plan: MicroBatchPlan) -> SFTBatch:
+            own = sum(int(encoded.response_lengths[row]) for row in plan.rows if row != PADDING_ROW)
+            # A micro-batch of padding rows alone adds 0 to every sum; a denominator of 1 keeps it finite.
+            return self._batch(encoded, plan.rows, num_tokens=max(own, 1))
+
+        return MicroBatchLoader(lambda _: plans, make_batch)
+
+    def _train_batch(self, plan: MicroBatchPlan) -> SFTBatch:
+        return self._batch(self.encoded["train"], plan.rows, num_tokens=plan.num_tokens)
+
+    def _batch(self, encoded: EncodedDemonstrations, rows: list[int], *, num_tokens: int) -> SFTBatch:
+        tokens = collate(
+            [[] if row == PADDING_ROW else encoded.prompt_ids(row) for row in rows],
+            [[] if row == PADDING_ROW else encoded.response_ids(row) for row in rows],
+            pad_id=pad_id(self.tokenizer),
+        )
+        return SFTBatch(
+            input_ids_BT=tokens.input_ids_BT,
+            attention_mask_BT=tokens.attention_mask_BT,
+            response_mask_BT=tokens.response_mask_BT,
+            num_tokens=num_tokens,
+        )

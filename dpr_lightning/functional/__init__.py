@@ -1,0 +1,72 @@
+"""Pure tensor functions: log-probabilities, rewards, returns, advantages, losses. Torch only."""
+
+from dpr_lightning.functional.advantages import (
+    AdvantageEstimator,
+    Advantages,
+    RawAdvantage,
+    WhitenedAdvantage,
+    leave_one_out,
+    normalize,
+)
+from dpr_lightning.functional.kl import k1, k2, k3
+from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, distribution_kls, token_logprobs
+from dpr_lightning.functional.losses import (
+    ClippedPolicyLoss,
+    LossOutput,
+    PolicyLoss,
+    ReinforceLoss,
+    policy_loss,
+    reinforce_loss,
+    sft_loss,
+)
+from dpr_lightning.functional.masking import length_mask, masked_mean, masked_sum
+from dpr_lightning.functional.returns import (
+    DiscountedReturns,
+    ExpectedReturns,
+    ReturnEstimator,
+    expected_reward_to_go,
+    reward_to_go,
+)
+from dpr_lightning.functional.rewards import (
+    DenseReward,
+    DenseWithValueReward,
+    Reward,
+    SentenceReward,
+    TeacherLogprobReward,
+)
+
+__all__ = [
+    "AdvantageEstimator",
+    "Advantages",
+    "ClippedPolicyLoss",
+    "DenseReward",
+    "DenseWithValueReward",
+    "DiscountedReturns",
+    "ExpectedReturns",
+    "LMHead",
+    "LossOutput",
+    "PolicyLoss",
+    "RawAdvantage",
+    "ReinforceLoss",
+    "ReturnEstimator",
+    "Reward",
+    "SentenceReward",
+    "TeacherLogprobReward",
+    "TokenLogprobs",
+    "WhitenedAdvantage",
+    "distribution_kls",
+    "expected_reward_to_go",
+    "k1",
+    "k2",
+    "k3",
+    "leave_one_out",
+    "length_mask",
+    "masked_mean",
+    "masked_sum",
+    "normalize",
+    "policy_loss",
+    "reinforce_loss",
+    "reward_to_go",
+    "sft_loss",
+    "token_logprobs",
+]

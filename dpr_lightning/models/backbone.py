@@ -1,0 +1,159 @@
+"""Loading a causal language model and its tokenizer, and reading the parts of it that log-probabilities need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpr_lightning.errors import UserError
+from dpr_lightning.functional.logprobs import LMHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneConfig:
+    """Which pretrained model a run stands on, and how it is loaded."""
+
+    name_or_path: str
+    """Transformers directory or hub name. SFT starts from it; DPR starts from its teacher instead and takes only the
+    other settings from here."""
+    model_class: type[PreTrainedModel] | None = None
+    """Class to load; None lets transformers choose its causal class. Name it where that choice is multimodal."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the stored weights. Mixed precision is the Trainer's business; keep float32 master weights with it."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (``sdpa``, ``eager``, ``flash_attention_2``); None lets it choose."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights. Off unless you have read that code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{what} '{name_or_path}' cannot be loaded ({reason}); give a transformers directory or a hub name that this "
+        "machine can reach"
+    )
+
+
+def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or hub name.
+
+    Raises:
+        UserError: It cannot be loaded, or it has no EOS token, without which no response can end.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain("tokenizer of", name_or_path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer of '{name_or_path}' has no eos_token; set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
+    """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
+    try:
+        return AutoConfig.from_pretrained(
+            name_or_path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain("model", name_or_path, error) from error
+
+
+def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
+    """Load the weights on the CPU, with every dropout at zero.
+
+    Dropout is off because the ratio pi / pi_old compares two forward passes of the same weights.
+
+    Raises:
+        UserError: The weights cannot be loaded, or some of the model's weights are missing from the files.
+    """
+    config = load_config(name_or_path, backbone)
+    loader: Any = backbone.model_class or AutoModelForCausalLM
+    if backbone.model_class is not None and hasattr(config, "text_config"):
+        expected = backbone.model_class.config_class
+        if expected is not None and not isinstance(config, expected):
+            # A text-only class on a multimodal checkpoint: its weights carry the text model's configuration.
+            config = config.get_text_config()
+    try:
+        model, report = loader.from_pretrained(
+            name_or_path,
+            config=config,
+            revision=backbone.revision,
+            trust_remote_code=backbone.trust_remote_code,
+            dtype=getattr(torch, backbone.dtype),
+            attn_implementation=backbone.attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explain("model", name_or_path, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"model '{name_or_path}' lacks {len(missing)} weights that {type(model).__name__} needs (first: "
+            f"{missing[0]}); they would be random. Set model.backbone.model_class to the class that wrote it"
+        )
+    disable_dropout(model)
+    if backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of ``model`` to zero, in place, whatever its train or eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """Return the output layer of ``model``: weight [V, D], bias, and what its family does to the logits after it.
+
+    Softcapping is Gemma 2's ``final_logit_softcapping``; ``logit_scale`` is Cohere's, ``logits_scaling`` Granite's.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear output layer, so its log-probabilities cannot be chunked")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return LMHead(
+        weight_VD=layer.weight,
+        bias_V=layer.bias,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=float(scale),
+    )
+
+
+@torch.no_grad()
+def check_lm_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not what its decoder's hidden states times its output layer give.
+
+    Two forward passes over four tokens. Without it a family that post-processes logits in a way that ``lm_head`` does
+    not know would train on wrong log-probabilities without a word.
+
+    Raises:
+        UserError: The two differ by more than rounding.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    ids_BT = torch.arange(1, 5, device=model.device).unsqueeze(0) % vocabulary
+    hidden_BTD: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+    ours = lm_head(model).logits(hidden_BTD[0])
+    theirs = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output layer in a way that dpr-lightning does not "
+            f"know (largest difference {(ours - theirs).abs().max().item():.3g}); this family is not supported"
+        )

@@ -1,0 +1,170 @@
+"""Policies: a causal language model seen as log pi(a|s), and the frozen pair that the dense reward is read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpr_lightning.errors import UserError
+from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, token_logprobs
+from dpr_lightning.manifest import is_complete, read_manifest, tokenizer_fingerprint
+from dpr_lightning.models.backbone import (
+    BackboneConfig,
+    check_lm_head,
+    lm_head,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from dpr_lightning.types import TokenBatch
+
+
+class CausalPolicy(nn.Module):
+    """Log-probabilities of response tokens under one causal language model.
+
+    Args:
+        model: A transformers causal language model; its dropout is expected to be off.
+        chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_size: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_size = chunk_size
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask.
+
+        Positions count attended tokens only, so padding on the left and on the right give the same states.
+        """
+        position_ids_BT = (batch.attention_mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)
+        hidden_BTD: Tensor = self.model.get_decoder()(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT.long(),
+            position_ids=position_ids_BT,
+            use_cache=False,
+        ).last_hidden_state
+        # The token in column t is predicted from column t - 1, which is its predecessor: responses have no gaps.
+        return hidden_BTD[:, :-1][batch.response_mask_BT[:, 1:]]
+
+    def head(self, hidden_ND: Tensor) -> LMHead:
+        """Return the output layer in the type of ``hidden_ND``, which under autocast is not the weights' own."""
+        head = lm_head(self.model)
+        return LMHead(
+            weight_VD=head.weight_VD.to(hidden_ND.dtype),
+            bias_V=None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype),
+            logit_softcap=head.logit_softcap,
+            logit_scale=head.logit_scale,
+        )
+
+    def forward(self, batch: TokenBatch, *, with_entropy: bool = False) -> TokenLogprobs:
+        """Return log-probability, logsumexp and (on request) entropy of the N response tokens of ``batch``."""
+        hidden_ND = self.hidden_states(batch)
+        target_N = batch.input_ids_BT[batch.response_mask_BT]
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return token_logprobs(
+                hidden_ND, self.head(hidden_ND), target_N, chunk_size=self.chunk_size, with_entropy=with_entropy
+            )
+
+    def freeze(self) -> CausalPolicy:
+        """Turn gradients off and eval mode on, for good; ``assert_frozen`` holds it to that."""
+        self.requires_grad_(False)
+        self.eval()
+        return self
+
+    def assert_frozen(self) -> None:
+        """Fail if anything gave this policy gradients or training mode back."""
+        assert not any(module.training for module in self.modules()), "a frozen policy is in training mode"
+        assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen policy has gradients on"
+
+
+def scatter_tokens(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Lay N response-token values out as [B, T], 0 elsewhere; differentiable."""
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
+
+
+def load_policy(name_or_path: str, backbone: BackboneConfig, *, chunk_size: int) -> CausalPolicy:
+    """Load a model as a policy and check that its output layer is understood."""
+    model = load_model(name_or_path, backbone)
+    check_lm_head(model)
+    return CausalPolicy(model, chunk_size=chunk_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenPair:
+    """Where the teacher pi_SFT and the reference pi_ref lie, and what the teacher's run said of itself."""
+
+    teacher: str
+    """Transformers directory or hub name of pi_SFT."""
+    reference: str
+    """The same of pi_ref."""
+    manifest: dict[str, Any] | None
+    """Manifest of a teacher of ours (template, data, versions); None for another trainer's."""
+
+
+def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5) -> FrozenPair:
+    """Resolve ``--model.teacher`` and ``--model.reference`` to two model directories or hub names.
+
+    Args:
+        teacher: A finished SFT run of ours, or any transformers directory or hub name.
+        reference: The reference; None takes the snapshot at ``alpha`` from the teacher's run.
+        alpha: Which snapshot of the run to take, as a share of the SFT run's optimizer steps.
+
+    Raises:
+        UserError: The run is unfinished or has no such snapshot, or a teacher that is no run came without reference.
+    """
+    root = Path(teacher)
+    if not (root / "final").is_dir() and not (root / "config.yaml").is_file():
+        if reference is None:
+            raise UserError(
+                f"model.teacher '{teacher}' is not a run of dpr-lightning, so there is no snapshot to find: "
+                "set model.reference to the half-training checkpoint"
+            )
+        directory = Path(teacher)
+        manifest = read_manifest(directory) if directory.is_dir() and is_complete(directory) else None
+        return FrozenPair(teacher=teacher, reference=reference, manifest=manifest)
+    final = root / "final"
+    if not is_complete(final):
+        raise UserError(
+            f"model.teacher '{teacher}' holds a run without a finished '{final.name}/' directory: let its SFT fit "
+            "reach the end (resume it with --ckpt_path last), or name a finished run"
+        )
+    if reference is None:
+        found = sorted(path for path in (root / "reference").glob("alpha_*") if is_complete(path))
+        wanted = root / "reference" / f"alpha_{alpha:g}"
+        if wanted not in found:
+            names = ", ".join(path.name for path in found) or "none"
+            raise UserError(
+                f"model.alpha is {alpha:g}, but '{root / 'reference'}' holds {names}: set model.alpha to one of "
+                "them, or repeat SFT with this alpha in callbacks.ReferenceSnapshot"
+            )
+        reference = str(wanted)
+    return FrozenPair(teacher=str(final), reference=reference, manifest=read_manifest(final))
+
+
+def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
+    """Refuse a teacher and a reference whose log-probabilities do not speak of the same tokens.
+
+    Reads tokenizers and configurations only, no weights.
+
+    Raises:
+        UserError: Their tokenizers or vocabulary sizes differ.
+    """
+    tokenizers = [load_tokenizer(name, backbone) for name in (pair.teacher, pair.reference)]
+    prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers]
+    if prints[0] != prints[1]:
+        raise UserError(
+            f"model.teacher '{pair.teacher}' ({len(tokenizers[0])} tokens) and model.reference '{pair.reference}' "
+            f"({len(tokenizers[1])} tokens) have different tokenizers; both must be checkpoints of one SFT run"
+        )
+    sizes = [load_config(name, backbone).get_text_config().vocab_size for name in (pair.teacher, pair.reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"model.teacher '{pair.teacher}' has a vocabulary of {sizes[0]} and model.reference '{pair.reference}' "
+            f"one of {sizes[1]}; both must be checkpoints of one SFT run"
+        )

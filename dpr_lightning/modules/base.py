@@ -1,0 +1,227 @@
+"""What every training stage shares: weights, optimizer, schedule, honest loss scaling, and answers to prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
+from typing_extensions import override
+
+from dpr_lightning.data.loader import data_parallel_rank
+from dpr_lightning.data.prompts import PromptBatch
+from dpr_lightning.errors import NonFiniteError, UserError
+from dpr_lightning.functional.losses import LossOutput
+from dpr_lightning.manifest import tokenizer_fingerprint
+from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
+from dpr_lightning.models.policies import CausalPolicy, load_policy
+from dpr_lightning.rollout.sampler import Sampler, Samples
+from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.types import SamplingConfig
+
+
+class CausalLMModule(LightningModule):
+    """Trains one causal language model; subclasses say from which weights and with which loss.
+
+    Args:
+        backbone: Which model, and how it is loaded.
+        optimizer: Optimizer of the trained weights.
+        warmup_ratio: Share of the planned optimizer steps in which the learning rate rises from 0.
+        min_lr_ratio: Share of the learning rate that the cosine schedule ends at.
+        decoding: How ``validate``, ``test`` and ``predict`` draw responses.
+        sampler: What draws them, and the rollouts.
+        logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
+        prediction_seed: Seed of ``predict`` and of sampled validation.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        optimizer: OptimizerCallable = AdamW,
+        warmup_ratio: float = 0.03,
+        min_lr_ratio: float = 0.1,
+        decoding: SamplingConfig | None = None,
+        sampler: Sampler | None = None,
+        logprob_chunk_size: int = 1024,
+        prediction_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_lr_ratio)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"model.{name}: found {value}; give a share between 0 and 1")
+        self.backbone = backbone
+        self.optimizer = optimizer
+        self.warmup_ratio = warmup_ratio
+        self.min_lr_ratio = min_lr_ratio
+        self.decoding = decoding if decoding is not None else SamplingConfig(temperature=0.7)
+        self.sampler: Sampler = sampler if sampler is not None else TransformersSampler()
+        self.logprob_chunk_size = logprob_chunk_size
+        self.prediction_seed = prediction_seed
+        self.policy: CausalPolicy | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._step_metrics: dict[str, Tensor] = {}
+
+    @property
+    def initial_weights(self) -> str:
+        """Directory or hub name that the trained weights start from."""
+        return self.backbone.name_or_path
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the initial weights; read on first use, without any weights."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.initial_weights, self.backbone)
+        return self._tokenizer
+
+    @property
+    def actor(self) -> CausalPolicy:
+        """The policy that is trained."""
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy
+
+    @override
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        self.policy = load_policy(self.initial_weights, self.backbone, chunk_size=self.logprob_chunk_size)
+        self.policy.train()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        num_steps = self.planned_optimizer_steps()
+        optimizer = self.optimizer(self.actor.parameters())
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            num_warmup_steps=round(self.warmup_ratio * num_steps),
+            num_training_steps=num_steps,
+            min_lr_rate=self.min_lr_ratio,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def planned_optimizer_steps(self) -> int:
+        """Return N, the optimizer steps of the whole run, known before the first.
+
+        Raises:
+            UserError: Neither ``trainer.max_steps`` nor ``trainer.max_epochs`` bounds the run.
+        """
+        trainer = self.trainer
+        steps_per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)  # type: ignore[attr-defined]
+        if steps_per_epoch is None:
+            num_steps = float(trainer.estimated_stepping_batches)
+        else:
+            max_epochs = trainer.max_epochs
+            num_steps = float("inf") if max_epochs is None or max_epochs < 0 else float(max_epochs * steps_per_epoch)
+            if trainer.max_steps >= 0:
+                num_steps = min(num_steps, trainer.max_steps)
+        if num_steps == float("inf"):
+            raise UserError(
+                "trainer.max_epochs and trainer.max_steps: both are unbounded, so the number of optimizer steps is "
+                "unknown; set one of them"
+            )
+        return int(num_steps)
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss that is already divided by the whole optimizer step's tokens must be multiplied by.
+
+        Lightning divides by the number of accumulated micro-batches and DDP and FSDP average over ranks; our
+        denominators are global, so both are undone here, and 1xN micro-batches give what Nx1 gives.
+        """
+        world_size, _ = data_parallel_rank(self.trainer)
+        return float(self.trainer.accumulate_grad_batches * world_size)
+
+    def finish_step(self, out: LossOutput, batch_idx: int) -> Tensor:
+        """Check and log one micro-batch's loss; return what Lightning is to differentiate.
+
+        Metrics are shares of the optimizer step, so they are added up over its micro-batches and ranks and logged
+        once per step.
+
+        Raises:
+            NonFiniteError: The loss of some rank is NaN or infinite.
+        """
+        self._refuse_non_finite(out.loss, "loss", f"micro-batch {batch_idx}")
+        for name, value in out.metrics.items():
+            self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
+        if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.log_dict(self._step_metrics, on_step=True, on_epoch=False, reduce_fx="sum", sync_dist=True)
+            self._step_metrics = {}
+        return out.loss * self.loss_scale
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # float16 finds its loss scale by overflowing now and then, and skips those steps itself.
+        if self.trainer.precision != "16-mixed":
+            self._refuse_non_finite(norm, "gradient norm", "all micro-batches of the step")
+        self.log("policy/grad_norm", norm, on_step=True, on_epoch=False)
+        rate = optimizer.param_groups[0]["lr"]
+        self.log("policy/learning_rate", torch.tensor(rate), on_step=True, on_epoch=False, rank_zero_only=True)
+
+    def _refuse_non_finite(self, value: Tensor, what: str, where: str) -> None:
+        is_finite = bool(torch.isfinite(value.detach()).all())
+        if self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+            return
+        raise NonFiniteError(
+            f"{what} became {float(value.detach()):g} on rank {self.global_rank} at optimizer step "
+            f"{self.trainer.global_step}, epoch {self.current_epoch}, {where}; this step was not applied. Checkpoints "
+            "written before it are good: lower the learning rate or look at this batch, then resume with --ckpt_path"
+        )
+
+    def sample(
+        self, prompts: list[list[int]], config: SamplingConfig, *, seed: int, **kwargs: Any
+    ) -> Samples:
+        """Draw one response per prompt from the current weights, in the Trainer's precision."""
+        eos_token_id = self.tokenizer.eos_token_id
+        assert isinstance(eos_token_id, int)
+        with self.trainer.precision_plugin.forward_context():
+            return self.sampler.sample(
+                self.actor.model, prompts, config=config, eos_token_id=eos_token_id, seed=seed, **kwargs
+            )
+
+    def decode(self, response_ids: list[int]) -> str:
+        """Return the text of a response, without its EOS."""
+        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    @override
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one row per prompt: ``row``, ``prompt``, ``response``, ``num_tokens``, ``is_truncated``."""
+        samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
+        return [
+            {
+                "row": row["row"],
+                "prompt": row["prompt"],
+                "response": self.decode(ids),
+                "num_tokens": len(ids),
+                "is_truncated": is_truncated,
+            }
+            for row, ids, is_truncated in zip(
+                batch.rows, samples.response_ids, samples.is_truncated, strict=True
+            )
+        ]
+
+    def evaluation_seed(self, batch_idx: int) -> int:
+        """Return a seed that differs between batches and ranks, and not between epochs: curves stay comparable."""
+        return (self.prediction_seed * 1_000_003 + batch_idx) * 4099 + self.global_rank
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the current weights, configuration and tokenizer as a transformers directory (safetensors)."""
+        if self.trainer.is_global_zero:
+            self.actor.model.save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+
+    def model_manifest(self) -> dict[str, Any]:
+        """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""
+        describe = getattr(self.trainer.datamodule, "data_manifest", None)  # type: ignore[attr-defined]
+        return {
+            "initial_weights": self.initial_weights,
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
+            "data": describe() if describe is not None else None,
+        }

@@ -1,0 +1,217 @@
+"""Dense-Path REINFORCE: the policy improves on its own samples under the reward that SFT left behind."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from dpr_lightning.data.prompts import PromptBatch
+from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.verifiers import Verifier
+from dpr_lightning.functional.advantages import AdvantageEstimator, WhitenedAdvantage
+from dpr_lightning.functional.kl import k1
+from dpr_lightning.functional.losses import ClippedPolicyLoss, PolicyLoss
+from dpr_lightning.functional.returns import DiscountedReturns, ReturnEstimator
+from dpr_lightning.functional.rewards import DenseReward, Reward
+from dpr_lightning.models.policies import (
+    CausalPolicy,
+    FrozenPair,
+    check_same_vocabulary,
+    find_frozen_pair,
+    load_policy,
+    scatter_tokens,
+)
+from dpr_lightning.modules.base import CausalLMModule
+from dpr_lightning.rollout.scoring import describe_rollouts, make_rollouts, rollout_stats, score_tokens
+from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, TokenScores
+
+
+class DPRModule(CausalLMModule):
+    """REINFORCE on dense rewards read out of an SFT run (ALGORITHM.md sections 2 and 3; paper Eq. 5, Alg. 1).
+
+    Args:
+        teacher: A run of SFT of ours, or any transformers directory or hub name: pi_SFT, and the start of the policy.
+        reference: pi_ref; None takes the snapshot at ``alpha`` from the teacher's run.
+        alpha: Which snapshot of the run is the reference, as a share of its optimizer steps.
+        reward: Token reward; None is r_hat = log pi_SFT - log pi_ref.
+        returns: Reward-to-go; None is the undiscounted sum.
+        advantage: Baseline and scale; None whitens over all response tokens of the rollout batch.
+        loss: Policy loss; None is the clipped ratio.
+        kl_in_reward: beta of the k1 penalty towards the teacher inside the reward.
+        score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
+        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out.
+        kwargs: See ``CausalLMModule``.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        reference: str | None = None,
+        alpha: float = 0.5,
+        reward: Reward | None = None,
+        returns: ReturnEstimator | None = None,
+        advantage: AdvantageEstimator | None = None,
+        loss: PolicyLoss | None = None,
+        kl_in_reward: float = 1e-5,
+        score_micro_batch_size: int | None = None,
+        verifier: Verifier | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0.0 < alpha < 1.0:
+            raise UserError(f"model.alpha: found {alpha}; give a share of the SFT run between 0 and 1, both excluded")
+        if not kl_in_reward >= 0.0:
+            raise UserError(f"model.kl_in_reward: found {kl_in_reward}; give 0 or more")
+        self.teacher = teacher
+        self.reference = reference
+        self.alpha = alpha
+        self.reward: Reward = reward if reward is not None else DenseReward()
+        self.returns: ReturnEstimator = returns if returns is not None else DiscountedReturns()
+        self.advantage: AdvantageEstimator = advantage if advantage is not None else WhitenedAdvantage()
+        self.loss: PolicyLoss = loss if loss is not None else ClippedPolicyLoss()
+        self.kl_in_reward = kl_in_reward
+        self.score_micro_batch_size = score_micro_batch_size
+        self.verifier = verifier
+        self._pair: FrozenPair | None = None
+        # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
+        self.__dict__["frozen"] = {}
+        self.evaluation_metrics = torch.nn.ModuleDict(
+            {name: MeanMetric() for name in ("reward_sum", "teacher_kl", "length", "truncated_share", "accuracy")}
+        )
+
+    @property
+    def frozen_pair(self) -> FrozenPair:
+        """Where teacher and reference lie; checked on first use, before any weights are read."""
+        if self._pair is None:
+            pair = find_frozen_pair(self.teacher, self.reference, alpha=self.alpha)
+            check_same_vocabulary(pair, self.backbone)
+            self._pair = pair
+        return self._pair
+
+    @property
+    def initial_weights(self) -> str:
+        """The teacher: the policy starts as pi_SFT."""
+        return self.frozen_pair.teacher
+
+    @property
+    def teacher_manifest(self) -> dict[str, Any] | None:
+        """What the teacher's run recorded of its data and template; None for another trainer's model."""
+        return self.frozen_pair.manifest
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.frozen or self.trainer.state.fn == "predict":
+            return
+        for name, source in (("teacher", self.frozen_pair.teacher), ("reference", self.frozen_pair.reference)):
+            policy = load_policy(source, self.backbone, chunk_size=self.logprob_chunk_size)
+            self.frozen[name] = policy.freeze()
+
+    def frozen_policy(self, name: str) -> CausalPolicy:
+        """Return ``teacher`` or ``reference`` on this module's device; Lightning moves only what is in the tree."""
+        policy = self.frozen[name]
+        assert isinstance(policy, CausalPolicy)
+        if policy.model.device != self.device:
+            policy.to(self.device)
+        return policy
+
+    def score(self, rollouts: RolloutBatch) -> TokenScores:
+        """Score rollouts under actor, teacher and reference, in the precision of training."""
+        micro_batch_size = self.score_micro_batch_size
+        if micro_batch_size is None:
+            micro_batch_size = 2 * int(getattr(self.trainer.datamodule, "micro_batch_size", 8))  # type: ignore[attr-defined]
+        with self.trainer.precision_plugin.forward_context():
+            return score_tokens(
+                rollouts,
+                actor=self.actor,
+                teacher=self.frozen_policy("teacher"),
+                reference=self.frozen_policy("reference"),
+                micro_batch_size=micro_batch_size,
+                needs_values=self.reward.needs_values,
+                needs_kls=self.returns.needs_expected_reward,
+            )
+
+    def build_experience(self, rollouts: RolloutBatch, *, rollout_seconds: float) -> Experience:
+        """Return rollouts with reward, return and advantage, normalised once over the batch and all ranks."""
+        start = time.perf_counter()
+        scores = self.score(rollouts)
+        mask_BT = rollouts.response_mask_BT
+        penalty_BT = self.kl_in_reward * k1(scores.old_logp_BT, scores.teacher_logp_BT)
+        reward_BT = torch.where(mask_BT, self.reward(scores) - penalty_BT, 0.0)
+        return_BT = self.returns(reward_BT, self._expected_reward(scores), mask_BT)
+        advantages = self.advantage(
+            return_BT, mask_BT, rollouts.prompt_index_B, all_reduce=lambda value: self.reduce_sum(value)
+        )
+        sums_BK = describe_rollouts(rollouts, scores, reward_BT, return_BT)
+        stats = rollout_stats(self._gather(sums_BK))
+        stats |= {"return/baseline": float(advantages.mean), "return/std": float(advantages.std)}
+        return Experience(
+            rollouts=rollouts,
+            scores=scores,
+            reward_BT=reward_BT,
+            return_BT=return_BT,
+            advantage_BT=advantages.advantage_BT,
+            stats=stats,
+            seconds={"rollout": rollout_seconds, "score": time.perf_counter() - start},
+        )
+
+    def _expected_reward(self, scores: TokenScores) -> Tensor | None:
+        """b(s) = KL(pi_old||pi_ref) - (1 + beta) KL(pi_old||pi_SFT): the expectation of r_hat - beta k1 (section 4)."""
+        if scores.reference_kl_BT is None or scores.teacher_kl_BT is None:
+            return None
+        return scores.reference_kl_BT - (1.0 + self.kl_in_reward) * scores.teacher_kl_BT
+
+    def reduce_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over all ranks."""
+        reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.to(value.device)
+
+    def _gather(self, rows_BK: Tensor) -> Tensor:
+        """Return the rows of all ranks."""
+        gathered = self.all_gather(rows_BK.to(self.device))
+        assert isinstance(gathered, Tensor)
+        return gathered.reshape(-1, rows_BK.shape[1]).to(rows_BK.device)
+
+    @override
+    def training_step(self, batch: DPRBatch, batch_idx: int) -> Tensor:
+        logp_BT = scatter_tokens(self.actor(batch).logp_N, batch.response_mask_BT)
+        return self.finish_step(self.loss(logp_BT, batch), batch_idx)
+
+    @override
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
+        """Answer held-out prompts; log the dense reward, the distance to the teacher, and the verifier's word."""
+        samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
+        rollouts = make_rollouts(
+            batch.prompt_ids, samples, range(len(batch)), pad_id=int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        )
+        scores = self.score(rollouts)
+        values = {
+            "reward_sum": (scores.teacher_logp_BT - scores.reference_logp_BT).sum(dim=1),
+            "teacher_kl": (scores.old_logp_BT - scores.teacher_logp_BT).sum(dim=1),
+            "length": rollouts.response_mask_BT.sum(dim=1).float(),
+            "truncated_share": rollouts.is_truncated_B.float(),
+        }
+        if self.verifier is not None:
+            texts = [self.decode(ids) for ids in samples.response_ids]
+            verdicts = [self.verifier(row, text) for row, text in zip(batch.rows, texts, strict=True)]
+            values["accuracy"] = torch.tensor(verdicts, dtype=torch.float32)
+        for name, values_B in values.items():
+            metric = self.evaluation_metrics[name]
+            assert isinstance(metric, MeanMetric)
+            metric.update(values_B.to(self.device))
+            self.log(
+                f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1
+            )

@@ -1,0 +1,49 @@
+"""What every sampler gives: responses to prompts, with the log-probabilities under which they were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from dpr_lightning.types import SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Responses in the order of the prompts that they answer."""
+
+    response_ids: list[list[int]]
+    """Sampled ids up to and including EOS; never empty."""
+    logp: list[list[float]]
+    """Log-probability of each id under the distribution that it was drawn from (temperature, top-p, top-k applied)."""
+    is_truncated: list[bool]
+    """True where the length limit came before EOS."""
+
+
+class Sampler(Protocol):
+    """Draws one response for each prompt from a model's current weights."""
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        config: SamplingConfig,
+        eos_token_id: int,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Draw one response per prompt; repeat a prompt to draw several.
+
+        Args:
+            model: A causal language model; its train or eval mode is left as it was.
+            prompts: Token ids, BOS included where the tokenizer has one; none empty.
+            config: Length limit, temperature and truncation of the distribution.
+            eos_token_id: The id that ends a response.
+            seed: The same seed, weights, prompts and batch size give the same responses.
+            on_progress: Called with the number of responses finished since the last call.
+        """
+        ...

@@ -1,0 +1,204 @@
+"""Rollouts as rectangles, and what three policies say of their tokens: one pass per policy, no autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpr_lightning.functional.collate import collate
+from dpr_lightning.functional.logprobs import distribution_kls, token_logprobs
+from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
+from dpr_lightning.rollout.sampler import Samples
+from dpr_lightning.types import RolloutBatch, TokenBatch, TokenScores
+
+
+def make_rollouts(
+    prompts: Sequence[Sequence[int]], samples: Samples, prompt_index: Sequence[int], *, pad_id: int
+) -> RolloutBatch:
+    """Lay prompts and their samples out as one right-padded batch on the CPU.
+
+    Args:
+        prompts: Token ids that each sample continues.
+        samples: One response for each prompt.
+        prompt_index: Which training prompt each row answers.
+        pad_id: Any valid id; masks come from lengths.
+    """
+    tokens = collate(prompts, samples.response_ids, pad_id=pad_id)
+    logp_N = torch.tensor([value for row in samples.logp for value in row], dtype=torch.float32)
+    return RolloutBatch(
+        input_ids_BT=tokens.input_ids_BT,
+        attention_mask_BT=tokens.attention_mask_BT,
+        response_mask_BT=tokens.response_mask_BT,
+        prompt_index_B=torch.tensor(list(prompt_index), dtype=torch.int64),
+        is_truncated_B=torch.tensor(samples.is_truncated, dtype=torch.bool),
+        sampler_logp_BT=scatter_tokens(logp_N, tokens.response_mask_BT),
+    )
+
+
+def trim(batch: TokenBatch, rows_B: Tensor) -> TokenBatch:
+    """Return the named rows of a right-padded batch, without the columns that are padding in all of them."""
+    width = int(batch.attention_mask_BT[rows_B].any(dim=0).nonzero().max()) + 1
+    return TokenBatch(
+        input_ids_BT=batch.input_ids_BT[rows_B, :width],
+        attention_mask_BT=batch.attention_mask_BT[rows_B, :width],
+        response_mask_BT=batch.response_mask_BT[rows_B, :width],
+    )
+
+
+@torch.no_grad()
+def score_tokens(
+    batch: TokenBatch,
+    *,
+    actor: CausalPolicy,
+    teacher: CausalPolicy,
+    reference: CausalPolicy,
+    micro_batch_size: int,
+    needs_values: bool = False,
+    needs_kls: bool = False,
+) -> TokenScores:
+    """Score every response token of a right-padded batch under the three policies (ALGORITHM.md section 3, step 2).
+
+    Rows are scored in micro-batches of like length on the policies' device; the result lies on the batch's own.
+
+    Args:
+        batch: Prompts and responses.
+        actor: The policy that sampled, in any mode: its dropout is off by construction.
+        teacher: pi_SFT, frozen.
+        reference: pi_ref, frozen.
+        micro_batch_size: Rows of one forward.
+        needs_values: Also return V = logsumexp of teacher and reference.
+        needs_kls: Also return the exact per-state KLs, which expected returns need.
+    """
+    teacher.assert_frozen()
+    reference.assert_frozen()
+    device = actor.model.device
+    length_B = batch.attention_mask_BT.sum(dim=1)
+    order_B = length_B.argsort(descending=True, stable=True)
+    fields = ["old_logp_BT", "teacher_logp_BT", "reference_logp_BT", "old_entropy_BT"]
+    fields += ["teacher_value_BT", "reference_value_BT"] if needs_values else []
+    fields += ["teacher_kl_BT", "reference_kl_BT"] if needs_kls else []
+    out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
+    for rows_B in order_B.split(micro_batch_size):
+        micro = trim(batch, rows_B)
+        values = _score_micro_batch(micro.to(device), actor, teacher, reference, needs_values, needs_kls)
+        for name, values_N in values.items():
+            out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
+                values_N.float().cpu(), micro.response_mask_BT
+            )
+    return TokenScores(response_mask_BT=batch.response_mask_BT, **out)
+
+
+def _score_micro_batch(
+    batch: TokenBatch,
+    actor: CausalPolicy,
+    teacher: CausalPolicy,
+    reference: CausalPolicy,
+    needs_values: bool,
+    needs_kls: bool,
+) -> dict[str, Tensor]:
+    """Return every wanted figure of the N response tokens of one micro-batch."""
+    target_N = batch.input_ids_BT[batch.response_mask_BT]
+    heads = []
+    scores = []
+    for policy in (actor, teacher, reference):
+        hidden_ND = policy.hidden_states(batch)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            head = policy.head(hidden_ND)
+            scores.append(
+                token_logprobs(
+                    hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor
+                )
+            )
+        heads.append((hidden_ND, head))
+    old, of_teacher, of_reference = scores
+    assert old.entropy_N is not None
+    values = {
+        "old_logp_BT": old.logp_N,
+        "teacher_logp_BT": of_teacher.logp_N,
+        "reference_logp_BT": of_reference.logp_N,
+        "old_entropy_BT": old.entropy_N,
+    }
+    if needs_values:
+        values |= {"teacher_value_BT": of_teacher.logsumexp_N, "reference_value_BT": of_reference.logsumexp_N}
+    if needs_kls:
+        with torch.autocast(target_N.device.type, enabled=False):
+            teacher_kl_N, reference_kl_N = distribution_kls(heads[0], heads[1:], chunk_size=actor.chunk_size)
+        values |= {"teacher_kl_BT": teacher_kl_N, "reference_kl_BT": reference_kl_N}
+    return values
+
+
+def describe_rollouts(rollouts: RolloutBatch, scores: TokenScores, reward_BT: Tensor, return_BT: Tensor) -> Tensor:
+    """Return [B, K] float64 sums of each response, in the order of ``RESPONSE_SUMS``: small enough to gather."""
+    mask_BT = rollouts.response_mask_BT
+    first_BT = mask_BT & (mask_BT.cumsum(dim=1) == 1)
+    tokens = {
+        "length": mask_BT.double(),
+        "truncated": (rollouts.is_truncated_B[:, None] & first_BT).double(),
+        "reward": reward_BT.double(),
+        "reward_squared": reward_BT.double().square(),
+        "return": return_BT.double(),
+        "return_first": torch.where(first_BT, return_BT, 0.0).double(),
+        "old_logp": scores.old_logp_BT.double(),
+        "teacher_logp": scores.teacher_logp_BT.double(),
+        "reference_logp": scores.reference_logp_BT.double(),
+        "entropy": scores.old_entropy_BT.double(),
+        "sampler_gap": torch.where(mask_BT, (scores.old_logp_BT - rollouts.sampler_logp_BT).abs(), 0.0).double(),
+    }
+    assert tuple(tokens) == RESPONSE_SUMS
+    return torch.stack([values_BT.sum(dim=1) for values_BT in tokens.values()], dim=1)
+
+
+RESPONSE_SUMS = (
+    "length",
+    "truncated",
+    "reward",
+    "reward_squared",
+    "return",
+    "return_first",
+    "old_logp",
+    "teacher_logp",
+    "reference_logp",
+    "entropy",
+    "sampler_gap",
+)
+
+
+def rollout_stats(sums_BK: Tensor) -> dict[str, float]:
+    """Turn the gathered sums of all ranks' responses into figures by log key.
+
+    ``policy/teacher_kl`` is nats per response, estimated by log pi_old - log pi_SFT on the samples; ``logp/*`` and
+    ``reward/*`` are per token unless the key says ``sum``; ``reward/len_corr`` is Pearson's correlation between the
+    summed reward of a response and its length, 0 where either is constant.
+    """
+    column = {name: sums_BK[:, index] for index, name in enumerate(RESPONSE_SUMS)}
+    length_B, num_tokens, num_responses = column["length"], column["length"].sum(), len(sums_BK)
+    token_mean = {name: float(values_B.sum() / num_tokens) for name, values_B in column.items()}
+    variance = max(token_mean["reward_squared"] - token_mean["reward"] ** 2, 0.0)
+    return {
+        "reward/mean": token_mean["reward"],
+        "reward/std": variance**0.5,
+        "reward/sum_mean": float(column["reward"].mean()),
+        "reward/sum_std": float(column["reward"].std(correction=0)),
+        "reward/len_corr": _correlation(column["reward"], length_B),
+        "return/mean": token_mean["return"],
+        "return/first_mean": float(column["return_first"].mean()),
+        "logp/old": token_mean["old_logp"],
+        "logp/teacher": token_mean["teacher_logp"],
+        "logp/reference": token_mean["reference_logp"],
+        "policy/entropy": token_mean["entropy"],
+        "policy/teacher_kl": float((column["old_logp"] - column["teacher_logp"]).mean()),
+        "response/length_mean": float(length_B.mean()),
+        "response/length_max": float(length_B.max()),
+        "response/truncated_share": float(column["truncated"].mean()),
+        "rollout/num_responses": float(num_responses),
+        "rollout/num_tokens": float(num_tokens),
+        "rollout/sampler_gap": token_mean["sampler_gap"],
+    }
+
+
+def _correlation(x_B: Tensor, y_B: Tensor) -> float:
+    x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
+    scale = float(x_B.norm() * y_B.norm())
+    return float(x_B @ y_B) / scale if scale > 0 else 0.0

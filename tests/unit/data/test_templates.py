@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dpr_lightning.data.templates import ChatTemplate, PromptTemplate, TextTemplate, template_from_manifest
+from dpr_lightning.errors import UserError
+
+SYSTEM = {"role": "system", "content": "Be {prompt}."}
+FIRST = {"role": "user", "content": "1 {system} {x}?"}
+ANSWER = {"role": "assistant", "content": "one"}
+SECOND = {"role": "user", "content": "2?"}
+
+
+def test_text_without_and_with_a_system_message(byte_bpe: PreTrainedTokenizerFast) -> None:
+    template = TextTemplate()
+    assert template.render(byte_bpe, [FIRST]) == "1 {system} {x}?\n"
+    # Braces in users' text are text.
+    assert template.render(byte_bpe, [SYSTEM, FIRST]) == "Be {prompt}.\n\n1 {system} {x}?\n"
+
+
+def test_text_of_a_conversation(byte_bpe: PreTrainedTokenizerFast) -> None:
+    template = TextTemplate(prompt="Q: {prompt}\nA: ", system="[{system}]\n", turn_end="\n")
+    assert template.render(byte_bpe, [FIRST, ANSWER, SECOND]) == "Q: 1 {system} {x}?\nA: one\nQ: 2?\nA: "
+
+
+def test_text_template_needs_its_placeholders_once() -> None:
+    for prompt in ("no placeholder", "{prompt}{prompt}"):
+        with pytest.raises(UserError, match=r"data\.template\.prompt: found"):
+            TextTemplate(prompt=prompt)
+
+
+def test_text_template_that_spells_a_special_token_is_refused(byte_bpe: PreTrainedTokenizerFast) -> None:
+    TextTemplate().check(byte_bpe)
+    with pytest.raises(UserError, match=r"special token '<\|endoftext\|>'"):
+        TextTemplate(prompt="<|endoftext|>{prompt}").check(byte_bpe)
+
+
+def test_chat_template_ends_where_the_answer_begins(byte_bpe: PreTrainedTokenizerFast) -> None:
+    assert ChatTemplate().render(byte_bpe, [SECOND]) == "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_tokenizer_without_a_chat_template_is_refused(words: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        ChatTemplate().check(words)
+    ChatTemplate(chat_template="{{ messages[0]['content'] }}").check(words)
+
+
+def test_system_text_goes_to_the_user_where_there_is_no_system_role(words: PreTrainedTokenizerFast) -> None:
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    )
+    silent = "{% for m in messages if m['role'] == 'user' %}<{{ m['content'] }}>{% endfor %}"
+    system = {"role": "system", "content": "S"}
+    for source in (refusing, silent):
+        assert ChatTemplate(chat_template=source).render(words, [system, SECOND]) == "<S\n\n2?>"
+    keeping = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    assert ChatTemplate(chat_template=keeping).render(words, [system, SECOND]) == "<S><2?>"
+
+
+def test_chat_template_that_fails_is_refused(words: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="fails on one user message"):
+        ChatTemplate(chat_template="{{ raise_exception('never') }}").check(words)
+    no_answers = "{% for m in messages if m['role'] == 'assistant' %}{{ raise_exception('answers') }}{% endfor %}x"
+    with pytest.raises(UserError, match="refuses the roles user, assistant, user"):
+        ChatTemplate(chat_template=no_answers).render(words, [FIRST, ANSWER, SECOND])
+
+
+def test_chat_template_that_writes_the_date_needs_one(words: PreTrainedTokenizerFast) -> None:
+    source = "{{ date_string if date_string is defined else strftime_now('%d') }}{{ messages[0]['content'] }}"
+    with pytest.raises(UserError, match=r"set variables\.date_string"):
+        ChatTemplate(chat_template=source).check(words)
+    template = ChatTemplate(chat_template=source, variables={"date_string": "1 May "})
+    template.check(words)
+    assert template.render(words, [SECOND]) == "1 May 2?"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [TextTemplate(), TextTemplate(prompt="Q {prompt}"), ChatTemplate(), ChatTemplate("x", {"enable_thinking": False})],
+)
+def test_manifest_round_trip(template: PromptTemplate) -> None:
+    again = template_from_manifest(json.loads(json.dumps(template.to_manifest())))
+    assert again == template
+    assert again.fingerprint() == template.fingerprint()
+    assert hash(again) == hash(template)
+
+
+def test_fingerprints_tell_templates_apart() -> None:
+    templates = [TextTemplate(), TextTemplate(turn_end=""), ChatTemplate(), ChatTemplate("x")]
+    assert len({template.fingerprint() for template in templates}) == len(set(templates)) == 4
+
+
+def test_unknown_manifest_is_refused() -> None:
+    with pytest.raises(UserError, match="'poem' is unknown"):
+        template_from_manifest({"type": "poem"})
