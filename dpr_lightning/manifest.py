@@ -1,6 +1,6 @@
 """Directories that are complete or absent, and say what they are.
 
-A directory is complete when its ``manifest.json`` stands in it: it is written last, into a temporary sibling that one
+A directory is complete when its ``manifest.json`` stands in it: it is written last, into a hidden sibling that one
 rename then puts in place. A run killed in between leaves a sibling named ``.<name>.partial`` that the next attempt
 removes, and nothing under the final name.
 """
@@ -21,49 +21,85 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dpr_lightning import __version__
 from dpr_lightning.errors import UserError
 
 MANIFEST = "manifest.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
-_PACKAGES = ("dpr-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics", "peft")
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "peft")
 
 
-def write_directory(path: Path, write: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
-    """Make ``path`` a complete directory, atomically; a complete one of that name is replaced.
+def write_directory(
+    path: Path,
+    write: Callable[[Path], None],
+    manifest: Mapping[str, Any],
+    *,
+    is_writer: bool = True,
+    exist_ok: bool = False,
+) -> None:
+    """Make ``path`` a complete directory, atomically.
 
-    Call it on one process.
+    With several processes all call it, because gathering sharded weights takes all of them; one is the writer. The
+    others return once ``write`` has: a barrier after the call is the caller's business.
 
     Args:
         path: Final name.
-        write: Fills the directory that it is given.
-        manifest: Plain JSON values; time, versions and the weights' checksums are added.
+        write: Fills the directory that it is given; on processes other than the writer it must write nothing.
+        manifest: Plain JSON values; the time, the environment and the weights' checksums are added.
+        is_writer: Whether this process makes the directory.
+        exist_ok: Replace a complete directory of that name.
+
+    Raises:
+        UserError: ``path`` is taken, see :func:`refuse_taken`; on the writer only.
     """
+    partial, replaced = _sibling(path, "partial"), _sibling(path, "replaced")
+    if not is_writer:
+        write(partial)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write(partial)
-    record = {
-        **manifest,
-        "created": now(),
-        "environment": environment(),
-        "weights_sha256": {name: sha256_of_file(partial / name) for name in _weight_files(partial)},
-    }
-    atomic_write_json(partial / MANIFEST, record)
-    for file in partial.rglob("*"):
-        if file.is_file():
+    _clear_leftovers(path)
+    refuse_taken(path, exist_ok=exist_ok)
+    try:
+        partial.mkdir()
+        write(partial)
+        record = {
+            **manifest,
+            "created": now(),
+            "environment": environment(),
+            "weights_sha256": sha256_of_files(partial),
+        }
+        for file in partial.rglob("*"):
             _sync(file)
-    _sync(partial)
-    if path.exists():
-        # A directory cannot be renamed over a full one; the old one steps aside first and is removed last.
-        replaced = path.with_name(f".{path.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
+        atomic_write_json(partial / MANIFEST, record)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if is_complete(path):
+        # A directory cannot be renamed over a full one: the old one steps aside first and is removed last.
         path.rename(replaced)
-        partial.rename(path)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(path)
+    partial.rename(path)
     _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def refuse_taken(path: Path, *, exist_ok: bool) -> None:
+    """Refuse a name under which :func:`write_directory` could not, or should not, put a directory.
+
+    Args:
+        path: Final name.
+        exist_ok: Whether a complete directory may be replaced. One without a manifest is not ours and never is.
+
+    Raises:
+        UserError: The name is taken.
+    """
+    if is_complete(path):
+        if not exist_ok:
+            raise UserError(f"'{path}' is already there and complete; delete it or choose another run directory")
+    elif path.is_dir():
+        if any(path.iterdir()):
+            raise UserError(f"'{path}' holds files but no {MANIFEST}, so no finished run wrote it; move it away")
+    elif path.exists():
+        raise UserError(f"'{path}' is a file where a directory should be written; move it away")
 
 
 def is_complete(path: Path) -> bool:
@@ -83,15 +119,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Check every weight file of a complete directory against its manifest.
+    """Check every weight file of a complete directory against its manifest; reads all of them.
 
     Raises:
-        UserError: A file is missing or differs.
+        UserError: The directory is not complete, or a weight file is missing, changed, or was added.
     """
-    for name, expected in read_manifest(path)["weights_sha256"].items():
-        file = path / name
-        if not file.is_file() or sha256_of_file(file) != expected:
-            raise UserError(f"'{file}' is missing or damaged (checksum differs from {MANIFEST}); write it again")
+    expected = read_manifest(path).get("weights_sha256", {})
+    found = sha256_of_files(path)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise UserError(f"'{path / name}' is missing, but {MANIFEST} lists it; write the directory again")
+        if found[name] != expected.get(name):
+            raise UserError(f"'{path / name}' is not the file that {MANIFEST} lists (SHA-256); write it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,50 +140,63 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: It is no JSON object.
     """
     try:
-        value = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}); delete it and write it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"'{path}' holds {type(value).__name__} where an object should be; write it again")
+        raise UserError(f"'{path}' holds a {type(value).__name__} where an object should be; write it again")
     return value
 
 
 def atomic_write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` to ``path`` by rename: readers see the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n")
+    """Write ``value`` to ``path`` by rename: readers see the old file or the new one.
+
+    Values that JSON does not know (paths, types) become their ``str``.
+    """
+    partial = _sibling(path, "partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
     _sync(partial)
-    partial.rename(path)
+    partial.replace(path)
+    _sync(path.parent)
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of_files(directory: Path) -> dict[str, str]:
+    """Return the SHA-256, in hexadecimal digits, of every weight file below ``directory``, by relative name."""
+    found: dict[str, str] = {}
+    for file in sorted(file for pattern in _WEIGHTS for file in directory.rglob(pattern)):
+        with file.open("rb") as stream:
+            found[file.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hexadecimal digits of what ids mean to a model: every token with its id, and the special ids.
+    """Return 16 hexadecimal digits of what a tokenizer's ids mean: tokens, merges, and the ids of BOS and EOS.
 
-    Chat template, padding side and the like are left out: they change no log-probability.
+    Chat template, padding and truncation settings are left out: they change no log-probability.
     """
-    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])), specials])
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    # A tokenizer in pure Python has no backend, and its merges, if any, follow from its vocabulary.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges", []) if hasattr(backend, "to_str") else []
+    text = json.dumps([vocabulary, merges, tokenizer.bos_token_id, tokenizer.eos_token_id])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def environment() -> dict[str, str]:
     """Return the versions that a result depends on, and the commit of the checkout that is in use, if it is one."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "dpr-lightning": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     root = Path(__file__).resolve().parent.parent
-    if (root / ".git").exists():
+    if (root / ".git").exists() and shutil.which("git") is not None:
         git = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if git.returncode == 0:
             found["commit"] = git.stdout.strip()
@@ -156,8 +208,17 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _weight_files(directory: Path) -> list[str]:
-    return sorted(file.name for pattern in _WEIGHTS for file in directory.glob(pattern))
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Undo what a process killed inside :func:`write_directory` left behind."""
+    shutil.rmtree(_sibling(path, "partial"), ignore_errors=True)
+    replaced = _sibling(path, "replaced")
+    if replaced.is_dir() and not path.exists():
+        replaced.rename(path)  # killed between the two renames of a replacement
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

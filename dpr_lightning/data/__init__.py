@@ -1,7 +1,6 @@
 """Demonstrations and prompts: reading, templates, token ids, micro-batches and the SFT DataModule."""
 
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
-from dpr_lightning.functional.collate import collate
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch
@@ -24,7 +23,6 @@ __all__ = [
     "SFTDataModule",
     "TextTemplate",
     "accumulation",
-    "collate",
     "data_parallel_rank",
     "encode_prompt",
     "encode_prompts",
