@@ -72,10 +72,11 @@ class ReferenceSnapshot(Callback):
         for alpha in self.alphas:
             if not 0.0 < alpha < 1.0:
                 raise UserError(f"{_KEY}: found {alpha}; give shares of the run between 0 and 1, both excluded")
-        self.steps: dict[int, float] = {}
-        """Optimizer steps at which snapshots are taken, each with its alpha; empty before ``setup``."""
+        self.pending: dict[int, float] = {}
+        """Optimizer steps whose snapshot is still to be taken, each with its alpha."""
         self.num_planned = 0
         self.run_id: str | None = None
+        """Tells this run's snapshots from those of another; kept in checkpoints."""
 
     def path(self, trainer: Trainer, alpha: float) -> Path:
         """Return where the snapshot at ``alpha`` lies."""
@@ -84,7 +85,7 @@ class ReferenceSnapshot(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before any weight is loaded, a run that cannot be sure to pass the steps."""
-        self.steps = {}
+        self.pending = {}
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -93,39 +94,92 @@ class ReferenceSnapshot(Callback):
                 "on them; bound it by trainer.max_epochs or trainer.max_steps"
             )
         self.num_planned = cast("CausalLMModule", pl_module).planned_optimizer_steps()
-        self.steps = snapshot_steps(self.alphas, self.num_planned)
-        refuse_together(trainer, lambda: self._check_names(trainer))
+        self.pending = snapshot_steps(self.alphas, self.num_planned)
+        refuse_together(trainer, lambda: self._refuse_taken(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what is known only now: another N than Lightning will run, and snapshots that a resumed run lacks."""
-        if not self.steps:
+        if not self.pending:
             return
         num_real = trainer.estimated_stepping_batches
         if num_real != self.num_planned:
             raise UserError(
                 f"{_KEY}: {self.num_planned} optimizer steps are planned, but Lightning will take {num_real}; leave "
-                "trainer.limit_train_batches, trainer.overfit_batches and gradient accumulation schedules out"
+                "trainer.limit_train_batches, trainer.overfit_batches and accumulation schedules out"
             )
         self.run_id = trainer.strategy.broadcast(self.run_id or uuid.uuid4().hex)
-        refuse_together(trainer, lambda: self._check_resumed(trainer))
-        # A checkpoint at the very step holds the very weights.
-        is_missing = trainer.strategy.broadcast(
-            any(not is_complete(self.path(trainer, alpha)) for step, alpha in self.steps.items() if step == trainer.global_step)
-        )
-        if is_missing:
+        refuse_together(trainer, lambda: self._refuse_missing(trainer))
+        now = trainer.global_step
+        is_due = now in self.pending and not is_complete(self.path(trainer, self.pending[now]))
+        if trainer.strategy.broadcast(is_due):
+            # The checkpoint that this run resumed from lies at the very step.
             self._take(trainer, pl_module)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._step_before = trainer.global_step
+        self.pending = {step: alpha for step, alpha in self.pending.items() if step > now}
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # With accumulation most micro-batches end without a step.
-        if trainer.global_step in self.steps and trainer.global_step != self._step_before:
+        # With gradient accumulation a step's number stands still over several batches: the first one after it counts.
+        if trainer.global_step in self.pending:
             self._take(trainer, pl_module)
+            del self.pending[trainer.global_step]
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for step, alpha in self.pending.items():
+            if trainer.global_step < step:
+                rank_zero_warn(
+                    f"The run ended at optimizer step {trainer.global_step} of {self.num_planned} planned, before step "
+                    f"{step}: there is no reference at alpha {alpha:g}. Resume it with --ckpt_path last to reach it"
+                )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self.run_id}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.run_id = state_dict["run_id"]
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("CausalLMModule", pl_module)
+        step, alpha = trainer.global_step, self.pending[trainer.global_step]
+        manifest = {
+            **module.model_manifest(),
+            "kind": "reference",
+            "alpha": alpha,
+            "step": step,
+            "planned_steps": self.num_planned,
+            "run_id": self.run_id,
+        }
+        path = self.path(trainer, alpha)
+        write_directory(path, module.save_pretrained, manifest, is_writer=trainer.is_global_zero, exist_ok=True)
+        trainer.strategy.barrier("reference_snapshot")
+        rank_zero_info(f"Reference taken at optimizer step {step} of {self.num_planned}: {path}")
+
+    def _refuse_taken(self, trainer: Trainer) -> None:
+        names = [self.path(trainer, alpha) for alpha in self.alphas]
+        if len(set(names)) < len(names):
+            raise UserError(f"{_KEY}: {self.alphas} agree in their first six digits, which name their directories")
+        for path in names:
+            refuse_taken(path, exist_ok=trainer.ckpt_path is not None)
+
+    def _refuse_missing(self, trainer: Trainer) -> None:
+        for step, alpha in self.pending.items():
+            path = self.path(trainer, alpha)
+            if is_complete(path):
+                found = read_manifest(path)
+                expected = {"run_id": self.run_id, "step": step, "planned_steps": self.num_planned}
+                differing = [f"{key} {found.get(key)}, not {expected[key]}" for key in expected if found.get(key) != expected[key]]
+                if differing:
+                    raise UserError(
+                        f"'{path}' is not the snapshot that this run takes ({', '.join(differing)}); delete it to take "
+                        "it anew from a checkpoint before its step, or use another run directory"
+                    )
+            elif step < trainer.global_step:
+                raise UserError(
+                    f"'{path}' is missing, but the run resumes at optimizer step {trainer.global_step}, past step "
+                    f"{step} where it was taken; put it back, or resume from a checkpoint at or before step {step}"
+                )
