@@ -41,12 +41,12 @@ class HFExport(Callback):
         return Path(trainer.default_root_dir) / self.directory
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a directory that is taken now, not when the run has ended."""
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            refuse_together(
-                trainer, lambda: refuse_taken(self.path(trainer), exist_ok=trainer.ckpt_path is not None)
-            )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Known only once a checkpoint has been restored.
+            is_resumed = trainer.ckpt_path is not None
+            refuse_together(trainer, lambda: refuse_taken(self.path(trainer), exist_ok=is_resumed))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

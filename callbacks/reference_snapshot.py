@@ -95,11 +95,13 @@ class ReferenceSnapshot(Callback):
             )
         self.num_planned = cast("CausalLMModule", pl_module).planned_optimizer_steps()
         self.pending = snapshot_steps(self.alphas, self.num_planned)
-        refuse_together(trainer, lambda: self._refuse_taken(trainer))
+        names = {self.path(trainer, alpha) for alpha in self.alphas}
+        if len(names) < len(self.alphas):
+            raise UserError(f"{_KEY}: {self.alphas} agree in their first six digits, which name their directories")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what is known only now: another N than Lightning will run, and snapshots that a resumed run lacks."""
+        """Refuse what is known only now: another N than Lightning will run, and directories that do not fit the run."""
         if not self.pending:
             return
         num_real = trainer.estimated_stepping_batches
@@ -109,7 +111,7 @@ class ReferenceSnapshot(Callback):
                 "trainer.limit_train_batches, trainer.overfit_batches and accumulation schedules out"
             )
         self.run_id = trainer.strategy.broadcast(self.run_id or uuid.uuid4().hex)
-        refuse_together(trainer, lambda: self._refuse_missing(trainer))
+        refuse_together(trainer, lambda: self._check_directories(trainer))
         now = trainer.global_step
         is_due = now in self.pending and not is_complete(self.path(trainer, self.pending[now]))
         if trainer.strategy.broadcast(is_due):
@@ -159,23 +161,21 @@ class ReferenceSnapshot(Callback):
         trainer.strategy.barrier("reference_snapshot")
         rank_zero_info(f"Reference taken at optimizer step {step} of {self.num_planned}: {path}")
 
-    def _refuse_taken(self, trainer: Trainer) -> None:
-        names = [self.path(trainer, alpha) for alpha in self.alphas]
-        if len(set(names)) < len(names):
-            raise UserError(f"{_KEY}: {self.alphas} agree in their first six digits, which name their directories")
-        for path in names:
-            refuse_taken(path, exist_ok=trainer.ckpt_path is not None)
-
-    def _refuse_missing(self, trainer: Trainer) -> None:
+    def _check_directories(self, trainer: Trainer) -> None:
         for step, alpha in self.pending.items():
             path = self.path(trainer, alpha)
+            refuse_taken(path, exist_ok=trainer.ckpt_path is not None)
             if is_complete(path):
                 found = read_manifest(path)
                 expected = {"run_id": self.run_id, "step": step, "planned_steps": self.num_planned}
-                differing = [f"{key} {found.get(key)}, not {expected[key]}" for key in expected if found.get(key) != expected[key]]
+                differing = [
+                    f"{key} {found.get(key)}, not {expected[key]}"
+                    for key in expected
+                    if found.get(key) != expected[key]
+                ]
                 if differing:
                     raise UserError(
-                        f"'{path}' is not the snapshot that this run takes ({', '.join(differing)}); delete it to take "
+                        f"'{path}' is not the snapshot that this run takes ({'; '.join(differing)}); delete it to take "
                         "it anew from a checkpoint before its step, or use another run directory"
                     )
             elif step < trainer.global_step:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
 from dpr_lightning.manifest import atomic_write_json, environment, now, read_json
+from dpr_lightning.modules.base import CausalLMModule
 
 
 class RunRecorder(SaveConfigCallback):
@@ -57,9 +59,11 @@ class RunRecorder(SaveConfigCallback):
 
     def _record_end(self, trainer: Trainer, status: str, reason: str) -> None:
         path = Path(trainer.default_root_dir) / "run.json"
+        counts: dict[str, Any] = {}
+        if status != "failed" and isinstance(trainer.lightning_module, CausalLMModule):
+            counts = {"tokens": trainer.lightning_module.total_token_counts()}
         if not trainer.is_global_zero or not path.exists() or trainer.state.fn != "fit":
             return
         record = read_json(path)
-        record |= {"status": status, "reason": reason, "ended": now(), "optimizer_steps": trainer.global_step}
+        record |= {"status": status, "reason": reason, "ended": now(), "optimizer_steps": trainer.global_step, **counts}
         atomic_write_json(path, record)
-

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     # A tokenizer in pure Python has no backend, and its merges, if any, follow from its vocabulary.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges", []) if hasattr(backend, "to_str") else []
     text = json.dumps([vocabulary, merges, tokenizer.bos_token_id, tokenizer.eos_token_id])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -205,7 +205,7 @@ def environment() -> dict[str, str]:
 
 def now() -> str:
     """Return the time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _sibling(path: Path, kind: str) -> Path:

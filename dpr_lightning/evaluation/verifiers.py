@@ -1,13 +1,101 @@
-"""Verifiers."""
+"""Verifiers: programs that say whether a response answers its prompt."""
 
-from abc import ABC, abstractmethod
+from __future__ import annotations
+
+import re
 from collections.abc import Mapping
-from typing import Any
+from decimal import Decimal
+from typing import Any, Protocol
+
+from typing_extensions import override
+
+from dpr_lightning.errors import UserError
+
+_NUMBER = re.compile(
+    # A minus is a sign only where no number or word stands before it ("3-5" is a difference).
+    r"(?P<sign>(?<![\w).])[-\u2212])?\s?\$?\s?(?P<sign_2>(?<=\$)[-\u2212])?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+)
+_MARK = "####"
 
 
-class Verifier(ABC):
-    """Judges a response to a row."""
+class Verifier(Protocol):
+    """Judges one response; any class with this call can be named in YAML by its ``class_path``."""
 
-    @abstractmethod
     def __call__(self, row: Mapping[str, Any], response: str) -> bool:
-        """Return whether the response is right."""
+        """Return whether ``response`` is right.
+
+        Args:
+            row: Columns of the prompt's source row; ``prompt`` and ``response`` (the demonstration) among them.
+            response: Text of the response, without its EOS.
+
+        Raises:
+            UserError: The row lacks what the verifier compares with.
+        """
+        ...
+
+
+class FinalNumber(Verifier):
+    """Compares the final number of a response with that of the demonstration, by value (GSM8K's rule).
+
+    The final number is the first one after the last ``####``, or the last one of a text without this mark. Commas
+    between thousands, a dollar sign, and a full stop after it do not matter; 7 and 7.00 are equal.
+
+    Args:
+        column: Column with the right answer, worked or bare.
+    """
+
+    def __init__(self, column: str = "response") -> None:
+        self.column = column
+
+    @override
+    def __call__(self, row: Mapping[str, Any], response: str) -> bool:
+        """Return whether both have a final number and the two are equal; see ``Verifier``."""
+        expected = final_number(_column(row, self.column))
+        if expected is None:
+            raise UserError(
+                f"row {row.get('row', '?')}: column '{self.column}' holds no number, so FinalNumber cannot judge "
+                "responses to it; name the answer's column, or another verifier"
+            )
+        return final_number(response) == expected
+
+
+class ExactMatch(Verifier):
+    """Compares a response with a column as text; white space at the ends and runs of it do not matter.
+
+    Args:
+        column: Column with the right answer.
+        after: Compare what follows the last occurrence of this text in the response; None compares all of it. A
+            response without it is wrong.
+    """
+
+    def __init__(self, column: str = "response", after: str | None = None) -> None:
+        self.column = column
+        self.after = after
+
+    @override
+    def __call__(self, row: Mapping[str, Any], response: str) -> bool:
+        """Return whether the two texts are equal; see ``Verifier``."""
+        expected = _column(row, self.column)
+        if self.after is not None:
+            _, mark, response = response.rpartition(self.after)
+            if not mark:
+                return False
+        return response.split() == expected.split()
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the final number of ``text`` by the rule of :class:`FinalNumber`; None where there is none."""
+    _, mark, tail = text.rpartition(_MARK)
+    matches = list(_NUMBER.finditer(tail))
+    if not matches:
+        return None
+    match = matches[0] if mark else matches[-1]
+    value = Decimal(match["digits"].replace(",", ""))
+    return -value if match["sign"] or match["sign_2"] else value
+
+
+def _column(row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise UserError(f"model.verifier: rows have no column '{column}'; they have {', '.join(sorted(map(str, row)))}")
+    return str(row[column])

@@ -88,7 +88,14 @@ def leave_one_out(return_BT: Tensor, mask_BT: Tensor, prompt_index_B: Tensor) ->
 
 
 class AdvantageEstimator(ABC):
-    """Turns returns into advantages."""
+    """Turns returns into advantages.
+
+    Args:
+        leave_one_out: First subtract the mean return of the prompt's other samples; needs several samples a prompt.
+    """
+
+    def __init__(self, leave_one_out: bool = False) -> None:
+        self.leave_one_out = leave_one_out
 
     @abstractmethod
     def __call__(
@@ -103,9 +110,6 @@ class WhitenedAdvantage(AdvantageEstimator):
     Args:
         leave_one_out: First subtract the mean return of the prompt's other samples; needs several samples a prompt.
     """
-
-    def __init__(self, leave_one_out: bool = False) -> None:
-        self.leave_one_out = leave_one_out
 
     @override
     def __call__(
@@ -122,9 +126,6 @@ class RawAdvantage(AdvantageEstimator):
     Args:
         leave_one_out: Subtract the mean return of the prompt's other samples; needs several samples a prompt.
     """
-
-    def __init__(self, leave_one_out: bool = False) -> None:
-        self.leave_one_out = leave_one_out
 
     @override
     def __call__(

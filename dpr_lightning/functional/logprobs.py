@@ -60,7 +60,7 @@ class TokenLogprobs:
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
@@ -92,7 +92,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logp_N, logsumexp_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, target_N, logsumexp_N = ctx.saved_tensors
         logit_softcap, logit_scale, chunk_size = ctx.settings
         head = LMHead(weight_VD=weight_VD, bias_V=bias_V, logit_softcap=logit_softcap, logit_scale=logit_scale)

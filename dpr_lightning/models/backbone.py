@@ -69,6 +69,10 @@ def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
         raise _explain("model", name_or_path, error) from error
 
 
+_TEXT_MODEL_KEYS = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+"""From the names of a text model's weights inside a multimodal checkpoint, of either layout, to its own."""
+
+
 def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     """Load the weights on the CPU, with every dropout at zero.
 
@@ -79,11 +83,13 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     """
     config = load_config(name_or_path, backbone)
     loader: Any = backbone.model_class or AutoModelForCausalLM
+    key_mapping = None
     if backbone.model_class is not None and hasattr(config, "text_config"):
         expected = backbone.model_class.config_class
         if expected is not None and not isinstance(config, expected):
-            # A text-only class on a multimodal checkpoint: its weights carry the text model's configuration.
+            # A text-only class on a multimodal checkpoint: the text model's configuration, and its weights' names.
             config = config.get_text_config()
+            key_mapping = _TEXT_MODEL_KEYS
     try:
         model, report = loader.from_pretrained(
             name_or_path,
@@ -93,6 +99,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             dtype=getattr(torch, backbone.dtype),
             attn_implementation=backbone.attn_implementation,
             output_loading_info=True,
+            key_mapping=key_mapping,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _explain("model", name_or_path, error) from error
@@ -102,6 +109,9 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             f"model '{name_or_path}' lacks {len(missing)} weights that {type(model).__name__} needs (first: "
             f"{missing[0]}); they would be random. Set model.backbone.model_class to the class that wrote it"
         )
+    if key_mapping is not None:
+        # Kept, it would give the saved weights their multimodal names back, beside a text model's configuration.
+        model.__dict__.pop("_weight_conversions", None)
     disable_dropout(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,7 +135,9 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear output layer, so its log-probabilities cannot be chunked")
+        raise UserError(
+            f"{type(model).__name__} has no linear output layer, so its log-probabilities cannot be chunked"
+        )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return LMHead(
@@ -146,7 +158,7 @@ def check_lm_head(model: PreTrainedModel) -> None:
     Raises:
         UserError: The two differ by more than rounding.
     """
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     ids_BT = torch.arange(1, 5, device=model.device).unsqueeze(0) % vocabulary
     hidden_BTD: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
     ours = lm_head(model).logits(hidden_BTD[0])

@@ -10,6 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
 
@@ -22,7 +23,7 @@ from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
 from dpr_lightning.models.policies import CausalPolicy, load_policy
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
-from dpr_lightning.types import SamplingConfig
+from dpr_lightning.types import SamplingConfig, TokenBatch
 
 
 class CausalLMModule(LightningModule):
@@ -65,6 +66,8 @@ class CausalLMModule(LightningModule):
         self.policy: CausalPolicy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_metrics: dict[str, Tensor] = {}
+        self.token_counts = {"trained": 0, "rolled_out": 0}
+        """Prompt and response tokens that this rank has trained on and sampled (prompts counted with them)."""
 
     @property
     def initial_weights(self) -> str:
@@ -135,7 +138,7 @@ class CausalLMModule(LightningModule):
         world_size, _ = data_parallel_rank(self.trainer)
         return float(self.trainer.accumulate_grad_batches * world_size)
 
-    def finish_step(self, out: LossOutput, batch_idx: int) -> Tensor:
+    def finish_step(self, out: LossOutput, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Check and log one micro-batch's loss; return what Lightning is to differentiate.
 
         Metrics are shares of the optimizer step, so they are added up over its micro-batches and ranks and logged
@@ -145,6 +148,7 @@ class CausalLMModule(LightningModule):
             NonFiniteError: The loss of some rank is NaN or infinite.
         """
         self._refuse_non_finite(out.loss, "loss", f"micro-batch {batch_idx}")
+        self.token_counts["trained"] += int(batch.attention_mask_BT.sum())
         for name, value in out.metrics.items():
             self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
         if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
@@ -163,6 +167,30 @@ class CausalLMModule(LightningModule):
         rate = optimizer.param_groups[0]["lr"]
         self.log("policy/learning_rate", torch.tensor(rate), on_step=True, on_epoch=False, rank_zero_only=True)
 
+    def total_token_counts(self) -> dict[str, int]:
+        """Return ``token_counts`` summed over ranks; every rank must call it."""
+        counts = torch.tensor(list(self.token_counts.values()), dtype=torch.float64, device=self.device)
+        total = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return {name: int(value) for name, value in zip(self.token_counts, total.tolist(), strict=True)}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["token_counts"] = self.total_token_counts()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The sum of all ranks goes on with the first.
+        if self.global_rank == 0:
+            self.token_counts = dict(checkpoint["token_counts"])
+
+    @override
+    def on_validation_start(self) -> None:
+        # States that ``validate`` made in inference mode could not be added to by a later ``fit``'s validation.
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
+
     def _refuse_non_finite(self, value: Tensor, what: str, where: str) -> None:
         is_finite = bool(torch.isfinite(value.detach()).all())
         if self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
@@ -173,9 +201,7 @@ class CausalLMModule(LightningModule):
             "written before it are good: lower the learning rate or look at this batch, then resume with --ckpt_path"
         )
 
-    def sample(
-        self, prompts: list[list[int]], config: SamplingConfig, *, seed: int, **kwargs: Any
-    ) -> Samples:
+    def sample(self, prompts: list[list[int]], config: SamplingConfig, *, seed: int, **kwargs: Any) -> Samples:
         """Draw one response per prompt from the current weights, in the Trainer's precision."""
         eos_token_id = self.tokenizer.eos_token_id
         assert isinstance(eos_token_id, int)
@@ -202,9 +228,7 @@ class CausalLMModule(LightningModule):
                 "num_tokens": len(ids),
                 "is_truncated": is_truncated,
             }
-            for row, ids, is_truncated in zip(
-                batch.rows, samples.response_ids, samples.is_truncated, strict=True
-            )
+            for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
         ]
 
     def evaluation_seed(self, batch_idx: int) -> int:

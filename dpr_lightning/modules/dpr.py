@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from dpr_lightning.data.prompts import PromptBatch
+from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.advantages import AdvantageEstimator, WhitenedAdvantage
@@ -44,9 +45,13 @@ class DPRModule(CausalLMModule):
         loss: Policy loss; None is the clipped ratio.
         kl_in_reward: beta of the k1 penalty towards the teacher inside the reward.
         score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
-        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out.
+        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out. A
+            truncated response is wrong.
         kwargs: See ``CausalLMModule``.
     """
+
+    frozen: dict[str, CausalPolicy]
+    """Teacher and reference, by name."""
 
     def __init__(
         self,
@@ -104,6 +109,24 @@ class DPRModule(CausalLMModule):
         return self.frozen_pair.manifest
 
     @override
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.returns.needs_expected_reward and not (
+            isinstance(self.reward, DenseReward) and self.reward.clip is None
+        ):
+            raise UserError(
+                f"model.returns: {type(self.returns).__name__} knows the expectation of the unclipped DenseReward "
+                f"only, found model.reward {type(self.reward).__name__}; change one of the two"
+            )
+        num_samples = getattr(self.trainer.datamodule, "samples_per_prompt", 1)  # type: ignore[attr-defined]
+        if self.advantage.leave_one_out and num_samples < 2:
+            raise UserError(
+                f"data.samples_per_prompt: found {num_samples}, but model.advantage.leave_one_out compares a sample "
+                "with the prompt's others; set it to 2 or more"
+            )
+
+    @override
     def configure_model(self) -> None:
         super().configure_model()
         if self.frozen or self.trainer.state.fn == "predict":
@@ -115,7 +138,6 @@ class DPRModule(CausalLMModule):
     def frozen_policy(self, name: str) -> CausalPolicy:
         """Return ``teacher`` or ``reference`` on this module's device; Lightning moves only what is in the tree."""
         policy = self.frozen[name]
-        assert isinstance(policy, CausalPolicy)
         if policy.model.device != self.device:
             policy.to(self.device)
         return policy
@@ -139,6 +161,7 @@ class DPRModule(CausalLMModule):
     def build_experience(self, rollouts: RolloutBatch, *, rollout_seconds: float) -> Experience:
         """Return rollouts with reward, return and advantage, normalised once over the batch and all ranks."""
         start = time.perf_counter()
+        self.token_counts["rolled_out"] += int(rollouts.attention_mask_BT.sum())
         scores = self.score(rollouts)
         mask_BT = rollouts.response_mask_BT
         penalty_BT = self.kl_in_reward * k1(scores.old_logp_BT, scores.teacher_logp_BT)
@@ -181,7 +204,7 @@ class DPRModule(CausalLMModule):
     @override
     def training_step(self, batch: DPRBatch, batch_idx: int) -> Tensor:
         logp_BT = scatter_tokens(self.actor(batch).logp_N, batch.response_mask_BT)
-        return self.finish_step(self.loss(logp_BT, batch), batch_idx)
+        return self.finish_step(self.loss(logp_BT, batch), batch, batch_idx)
 
     @override
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -194,9 +217,7 @@ class DPRModule(CausalLMModule):
     def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
         """Answer held-out prompts; log the dense reward, the distance to the teacher, and the verifier's word."""
         samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
-        rollouts = make_rollouts(
-            batch.prompt_ids, samples, range(len(batch)), pad_id=int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
-        )
+        rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=pad_id(self.tokenizer))
         scores = self.score(rollouts)
         values = {
             "reward_sum": (scores.teacher_logp_BT - scores.reference_logp_BT).sum(dim=1),
@@ -205,13 +226,13 @@ class DPRModule(CausalLMModule):
             "truncated_share": rollouts.is_truncated_B.float(),
         }
         if self.verifier is not None:
-            texts = [self.decode(ids) for ids in samples.response_ids]
-            verdicts = [self.verifier(row, text) for row, text in zip(batch.rows, texts, strict=True)]
+            verdicts = [
+                not is_truncated and self.verifier(row, self.decode(ids))
+                for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
+            ]
             values["accuracy"] = torch.tensor(verdicts, dtype=torch.float32)
         for name, values_B in values.items():
             metric = self.evaluation_metrics[name]
             assert isinstance(metric, MeanMetric)
             metric.update(values_B.to(self.device))
-            self.log(
-                f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1
-            )
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)

@@ -29,7 +29,8 @@ class SFTModule(CausalLMModule):
     @override
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         logp_BT = scatter_tokens(self.actor(batch).logp_N, batch.response_mask_BT)
-        return self.finish_step(sft_loss(logp_BT, batch.response_mask_BT, num_tokens=batch.num_tokens), batch_idx)
+        out = sft_loss(logp_BT, batch.response_mask_BT, num_tokens=batch.num_tokens)
+        return self.finish_step(out, batch, batch_idx)
 
     @override
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:

@@ -34,7 +34,7 @@ class Sampler(Protocol):
         config: SamplingConfig,
         eos_token_id: int,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
         """Draw one response per prompt; repeat a prompt to draw several.
 

@@ -107,9 +107,7 @@ def _score_micro_batch(
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = policy.head(hidden_ND)
             scores.append(
-                token_logprobs(
-                    hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor
-                )
+                token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor)
             )
         heads.append((hidden_ND, head))
     old, of_teacher, of_reference = scores

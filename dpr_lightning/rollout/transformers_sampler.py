@@ -33,7 +33,7 @@ class TransformersSampler:
         config: SamplingConfig,
         eos_token_id: int,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
         """Draw one response per prompt; see ``Sampler.sample``."""
         _check(config, prompts)

@@ -131,11 +131,11 @@ def test_policy_value_and_metrics() -> None:
 def test_policy_clips_each_side_by_its_own_range() -> None:
     old_logp_BT = torch.zeros(1, 2, dtype=torch.float64)
     logp_BT = torch.tensor([[math.log(2.0), math.log(0.5)]], dtype=torch.float64)
-    advantage_BT = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    advantage_BT = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     mask_BT = torch.ones(1, 2, dtype=torch.bool)
     out = policy_loss(logp_BT, old_logp_BT, advantage_BT, mask_BT, num_tokens=1, clip_low=0.1, clip_high=0.3)
-    # -(1.3 - 0.9)
-    assert out.loss.item() == pytest.approx(-0.4)
+    # -(1.3 - 2 * 0.9)
+    assert out.loss.item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""``dpr-lightning demo``: SFT, its half-training reference, DPR and continued SFT on the embedded tasks, compared.
+
+Every stage is the command line that a user would type, with the overlays of ``configs/demo``; this file only makes
+the data, strings the stages together, and measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from dpr_lightning.data.demonstrations import DemonstrationConfig
+from dpr_lightning.data.prompts import Prompts, load_prompts
+from dpr_lightning.data.templates import TextTemplate
+from dpr_lightning.demo import report
+from dpr_lightning.demo.tasks import make_rows, write_jsonl
+from dpr_lightning.demo.verifier import TaskVerifier
+from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.answers import Answers, answer, rank_teacher_samples
+from dpr_lightning.evaluation.statistics import ranking_accuracy
+from dpr_lightning.manifest import atomic_write_json, environment, read_json
+from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
+from dpr_lightning.types import SamplingConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NUM_DEMONSTRATIONS = 6400
+NUM_VALIDATION = 200
+NUM_TEST = 500
+NUM_SAMPLES = 4
+"""Responses to each test prompt above temperature 0."""
+TEMPERATURES = (0.0, 0.7, 1.0)
+SAMPLING = SamplingConfig(max_new_tokens=40, batch_size=512)
+FORWARD, FORWARD_BACKWARD, NUM_SCORED = 1, 3, 3
+"""Compute of a token, in forwards: one is sampled, scored by actor, teacher and reference, and trained on."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the demo for one seed or several and print its table."""
+    parser = argparse.ArgumentParser(prog="dpr-lightning demo", description=main.__doc__)
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="where everything is written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each; several give a summary")
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="test", help="prompts to compare on; tune on validation"
+    )
+    parsed = parser.parse_args(args)
+    console = Console()
+    results = []
+    for seed in parsed.seeds:
+        result = run_seed(parsed.run_dir / f"seed_{seed}", seed=seed, split=parsed.split, console=console)
+        results.append(result)
+    if len(results) > 1:
+        summary = report.summarize(results)
+        atomic_write_json(parsed.run_dir / "summary.json", summary)
+        report.print_summary(summary, console)
+
+
+def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[str, Any]:
+    """Train and compare for one seed; a finished seed's result is read back.
+
+    Raises:
+        UserError: ``run_dir`` holds an unfinished run.
+    """
+    finished = run_dir / "report.json"
+    if finished.exists():
+        result = read_json(finished)
+        if result["split"] != split:
+            raise UserError(f"run_dir: '{run_dir}' was compared on {result['split']} prompts; choose another --run_dir")
+        report.print_report(result, run_dir, console)
+        return result
+    if run_dir.exists():
+        raise UserError(f"run_dir: '{run_dir}' holds an unfinished demo; delete it or choose another --run_dir")
+    start = time.perf_counter()
+    held_out = _write_data(run_dir / "data", seed)
+    data = [f"--data.demonstrations.source={run_dir / 'data' / 'train.jsonl'}"]
+    data.append(f"--data.demonstrations.validation_source={held_out['validation']}")
+
+    console.rule(f"[bold]1/5 SFT, reference at half (seed {seed})")
+    _fit("sft", ["sft"], run_dir / "sft", seed, data)
+    sft, reference = run_dir / "sft" / "final", run_dir / "sft" / "reference" / "alpha_0.5"
+
+    console.rule("[bold]2/5 Before any RL: does the dense reward know right from wrong?")
+    prompts = {name: _load(path, sft) for name, path in held_out.items()}
+    ranking = _rank(sft, reference, prompts["validation"], seed)
+    report.print_ranking(ranking, console)
+
+    console.rule("[bold]3/5 Dense-Path REINFORCE")
+    _fit("dpr", ["dpr"], run_dir / "dpr", seed, [f"--model.teacher={run_dir / 'sft'}"])
+    compute = _compute(run_dir)
+
+    console.rule(f"[bold]4/5 SFT continued for the same compute ({compute['continued_steps']} steps)")
+    continued = [f"--model.backbone.name_or_path={sft}", f"--trainer.max_steps={compute['continued_steps']}"]
+    _fit("sft", ["sft", "continued"], run_dir / "continued", seed, [*data, *continued])
+
+    console.rule(f"[bold]5/5 {len(prompts[split])} {split} prompts")
+    policies = {"SFT": sft, "SFT continued": run_dir / "continued" / "final", "DPR": run_dir / "dpr" / "final"}
+    answers = _answer(policies, prompts[split], seed)
+    result = {
+        "seed": seed,
+        "split": split,
+        "num_prompts": len(prompts[split]),
+        "num_samples": NUM_SAMPLES,
+        "ranking": ranking,
+        "compute": compute,
+        "policies": report.measure(answers, baseline="SFT", seed=seed),
+        "seconds": time.perf_counter() - start,
+        "environment": environment(),
+    }
+    atomic_write_json(finished, result)
+    report.print_report(result, run_dir, console)
+    return result
+
+
+def _write_data(directory: Path, seed: int) -> dict[str, Path]:
+    """Write demonstrations and held-out tasks; return the held-out files by split. The seed changes demonstrations."""
+    directory.mkdir(parents=True)
+    write_jsonl(make_rows(num_rows=NUM_DEMONSTRATIONS, seed=seed, split="train"), directory / "train.jsonl")
+    write_jsonl(make_rows(num_rows=NUM_VALIDATION, seed=0, split="validation"), directory / "validation.jsonl")
+    write_jsonl(make_rows(num_rows=NUM_TEST, seed=0, split="test"), directory / "test.jsonl")
+    return {split: directory / f"{split}.jsonl" for split in ("validation", "test")}
+
+
+def _fit(recipe: str, overlays: Sequence[str], run_dir: Path, seed: int, extra: Sequence[str]) -> None:
+    """Run ``dpr-lightning fit`` in this process, and show the command."""
+    from dpr_lightning.main import main as run_command
+
+    names = ["base", f"recipe/{recipe}", "backbone/tiny", "hardware/cpu", *(f"demo/{name}" for name in overlays)]
+    configs = [argument for name in names for argument in ("-c", str(CONFIGS / f"{name}.yaml"))]
+    command = ["fit", *configs, f"--run_dir={run_dir}", f"--seed_everything={seed}", f"--data.seed={seed}", *extra]
+    print("dpr-lightning", shlex.join(command), file=sys.stderr)
+    run_command(command)
+
+
+def _load(path: Path, model_dir: Path) -> Prompts:
+    config = DemonstrationConfig(source=str(path))
+    tokenizer = load_tokenizer(str(model_dir), BackboneConfig(name_or_path=str(model_dir)))
+    return load_prompts(config, template=TextTemplate(), tokenizer=tokenizer)["train"]
+
+
+def _rank(teacher: Path, reference: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
+    """How often the dense reward, and log pi_SFT, put a right answer above a wrong one to the same prompt."""
+    batch = prompts.batch(range(len(prompts)))
+    ranked = rank_teacher_samples(
+        teacher,
+        reference,
+        batch.prompt_ids,
+        batch.rows,
+        verifier=TaskVerifier(),
+        sampling=SAMPLING,
+        num_samples=8,
+        seed=seed,
+    )
+    dense = ranking_accuracy(ranked.dense_N, ranked.is_correct_N, ranked.prompt_index_N)
+    logp = ranking_accuracy(ranked.logp_N, ranked.is_correct_N, ranked.prompt_index_N)
+    return {
+        "num_prompts": len(prompts),
+        "num_samples": 8,
+        "accuracy": float(ranked.is_correct_N.mean()),
+        "dense": {"share": dense.value, "num_pairs": dense.num_pairs},
+        "logp": {"share": logp.value, "num_pairs": logp.num_pairs},
+    }
+
+
+def _compute(run_dir: Path) -> dict[str, Any]:
+    """Count what DPR spent beyond SFT, and how many SFT steps that buys (a token's backward is two forwards)."""
+    sft, dpr = read_json(run_dir / "sft" / "run.json"), read_json(run_dir / "dpr" / "run.json")
+    forwards = (FORWARD + NUM_SCORED) * dpr["tokens"]["rolled_out"] + FORWARD_BACKWARD * dpr["tokens"]["trained"]
+    per_step = FORWARD_BACKWARD * sft["tokens"]["trained"] / sft["optimizer_steps"]
+    return {
+        "token_forwards": forwards,
+        "sft_steps": sft["optimizer_steps"],
+        "dpr_steps": dpr["optimizer_steps"],
+        "continued_steps": math.ceil(forwards / per_step),
+    }
+
+
+def _answer(policies: dict[str, Path], prompts: Prompts, seed: int) -> dict[str, dict[float, Answers]]:
+    batch = prompts.batch(range(len(prompts)))
+    per_policy = sum(NUM_SAMPLES if temperature > 0 else 1 for temperature in TEMPERATURES) * len(prompts)
+    with tqdm(total=per_policy * len(policies), desc="Answers", unit="response") as bar:
+        return {
+            name: answer(
+                model_dir,
+                batch.prompt_ids,
+                batch.rows,
+                verifier=TaskVerifier(),
+                sampling=SAMPLING,
+                temperatures=TEMPERATURES,
+                num_samples=NUM_SAMPLES,
+                seed=seed,
+                on_progress=bar.update,
+            )
+            for name, model_dir in policies.items()
+        }

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from dpr_lightning.callbacks.policy_health import PolicyHealth
+from dpr_lightning.errors import UserError
+
+
+def fit(run_dir: Path, callback: PolicyHealth, epochs: list[dict[str, float]], parts: Any, **kwargs: Any) -> Any:
+    toy, toy_rollouts, trainer_in, experience_of = parts
+    module = toy()
+    trainer = trainer_in(run_dir, callback, max_epochs=len(epochs), **kwargs)
+    trainer.fit(module, datamodule=toy_rollouts([experience_of(["p"], ["ab"], [1.0], **stats) for stats in epochs]))
+    return module
+
+
+@pytest.fixture
+def parts(toy: Any, toy_rollouts: Any, trainer_in: Any, experience_of: Any) -> Any:
+    return toy, toy_rollouts, trainer_in, experience_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "later", "message"),
+    [
+        ("len_corr", {"reward__len_corr": 0.7}, r"correlate by \+0.70.*pays for long"),
+        ("len_corr", {"reward__len_corr": -0.6}, "pays for short"),
+        # The first rollout's mean length is 10.
+        ("length", {"response__length_mean": 15.5}, "1.55 times the first rollout's 10.0"),
+        ("length", {"response__length_mean": 6.0}, "0.60 times"),
+        ("eos", {"response__truncated_share": 0.2}, "only 80% of responses end by EOS; in the first rollout 100% did"),
+        ("entropy", {"policy__entropy": 0.2}, "0.20 times the first rollout's 1: the policy stops exploring"),
+        ("teacher_kl", {"policy__teacher_kl": 3.0}, "3 nats per response, above PolicyHealth.teacher_kl_budget = 2"),
+    ],
+)
+def test_warns_once_per_kind(
+    kind: str, later: dict[str, float], message: str, tmp_path: Path, parts: Any
+) -> None:
+    callback = PolicyHealth(teacher_kl_budget=2.0)
+    with pytest.warns(UserWarning, match=message) as caught:
+        fit(tmp_path, callback, [{}, {}, later, later], parts)
+    ours = [str(warning.message) for warning in caught if str(warning.message).startswith("Optimizer step")]
+    # Two optimizer steps an epoch: the third rollout comes after 4.
+    assert len(ours) == 1
+    assert ours[0].startswith("Optimizer step 4:")
+    assert callback.warned == {kind}
+
+
+def test_a_healthy_policy_raises_no_alarm(tmp_path: Path, parts: Any) -> None:
+    callback = PolicyHealth(teacher_kl_budget=1.0, max_teacher_kl=2.0)
+    steady = {"reward__len_corr": 0.4, "response__length_mean": 12.0, "policy__entropy": 0.8, "policy__teacher_kl": 0.5}
+    module = fit(tmp_path, callback, [{}, steady, steady], parts)
+    assert callback.warned == set()
+    assert len(module.seen) == 6
+
+
+@pytest.mark.parametrize("kl", [2.5, float("nan")])
+def test_stops_before_any_update_on_the_rollout_that_is_too_far(kl: float, tmp_path: Path, parts: Any) -> None:
+    with pytest.warns(UserWarning, match="run stops at optimizer step 2: the KL to the teacher"):
+        module = fit(tmp_path, PolicyHealth(max_teacher_kl=2.0), [{}, {"policy__teacher_kl": kl}, {}], parts)
+    assert [step for step, _ in module.seen] == [0, 1]
+
+
+def test_comparisons_are_logged_at_optimizer_steps(tmp_path: Path, parts: Any) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    later = {"response__length_mean": 12.0, "response__truncated_share": 0.25, "policy__entropy": 0.5}
+    fit(tmp_path, PolicyHealth(max_eos_drop=1.0), [{}, later], parts, logger=logger)
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    keys = ("response/length_ratio", "response/eos_share", "policy/entropy_ratio")
+    logged = {int(row["step"]): [float(row[key]) for key in keys] for row in rows if row[keys[0]]}
+    assert logged == {0: [1.0, 1.0, 1.0], 2: [1.2, 0.75, 0.5]}
+
+
+def test_a_resumed_run_compares_with_the_first_rollout_and_does_not_repeat_itself(tmp_path: Path, parts: Any) -> None:
+    before = PolicyHealth()
+    with pytest.warns(UserWarning, match="correlate"):
+        fit(tmp_path, before, [{"reward__len_corr": 0.9}], parts)
+    after = PolicyHealth()
+    after.load_state_dict(before.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, after, [{"reward__len_corr": 0.9, "response__length_mean": 30.0}], parts)
+    ours = [str(warning.message) for warning in caught if str(warning.message).startswith("Optimizer step")]
+    assert len(ours) == 1
+    assert "3.00 times the first rollout's 10.0" in ours[0]
+
+
+def test_fine_tuning_without_rollouts_is_left_alone(tmp_path: Path, toy: Any, toy_data: Any, trainer_in: Any) -> None:
+    trainer_in(tmp_path, PolicyHealth(max_teacher_kl=0.0), max_epochs=1).fit(toy(), datamodule=toy_data(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_len_corr", 1.5), ("max_length_ratio", 0.5), ("max_teacher_kl", -1.0), ("min_entropy_ratio", float("nan"))],
+)
+def test_impossible_bounds_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"PolicyHealth.{name}: found {value}"):
+        PolicyHealth(**{name: value})

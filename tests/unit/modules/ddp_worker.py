@@ -1,0 +1,130 @@
+"""Runs short SFT and DPR fits and keeps what must not depend on the number of processes; a process of its own, or not.
+
+As a script it is one rank: torchrun's environment says which. Arguments: output file, teacher, reference, data.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from dpr_lightning.data.demonstrations import DemonstrationConfig
+from dpr_lightning.data.rollout_datamodule import RolloutDataModule
+from dpr_lightning.data.sft_datamodule import SFTDataModule
+from dpr_lightning.models.backbone import BackboneConfig
+from dpr_lightning.modules.dpr import DPRModule
+from dpr_lightning.modules.sft import SFTModule
+from dpr_lightning.rollout.sampler import Samples
+from dpr_lightning.types import SamplingConfig
+
+
+class PromptSampler:
+    """Responses that depend on the prompt alone, so that ranks draw what one process draws."""
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        config: SamplingConfig,
+        eos_token_id: int,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Samples:
+        responses = []
+        for prompt in prompts:
+            rng = random.Random(str(list(prompt)))
+            responses.append([*(rng.randrange(3, 200) for _ in range(rng.randrange(9))), eos_token_id])
+        return Samples(
+            response_ids=responses,
+            logp=[[0.0] * len(response) for response in responses],
+            is_truncated=[False] * len(responses),
+        )
+
+
+class Keep(Callback):
+    """Keeps the counts of every micro-batch, and the metrics of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, int]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.counts.append((batch.num_tokens, getattr(batch, "num_sequences", 0)))
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int) -> dict[str, Any]:
+    keep = Keep()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="ddp" if world_size > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=max_epochs,
+        default_root_dir=root,
+        callbacks=[keep],
+    )
+    trainer.fit(module, data)
+    experience = getattr(data, "experience", None)
+    found: dict[str, Any] = {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "accumulation": trainer.accumulate_grad_batches,
+        "loss_scale": module.loss_scale,
+        "counts": keep.counts,
+        "metrics": keep.metrics,
+        "weights": {name: value.clone() for name, value in module.actor.model.state_dict().items()},
+    }
+    if experience is not None:
+        mask_BT = experience.rollouts.response_mask_BT
+        found |= {
+            "prompts": experience.rollouts.prompt_index_B.tolist(),
+            "advantages": [row[mask] for row, mask in zip(experience.advantage_BT, mask_BT, strict=True)],
+            "stats": experience.stats,
+        }
+    return found
+
+
+def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, dict[str, Any]]:
+    """Return what SFT, DPR with one optimizer step and DPR with two did."""
+    sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1), "warmup_ratio": 0.0}
+    demonstrations = DemonstrationConfig(source=source)
+
+    def dpr(global_batch_size: int) -> dict[str, Any]:
+        module = DPRModule(
+            teacher, reference, backbone=BackboneConfig(name_or_path="unused"), sampler=PromptSampler(), **sgd
+        )
+        data = RolloutDataModule(
+            demonstrations, prompts_per_rollout=16, global_batch_size=global_batch_size, micro_batch_size=4
+        )
+        return fit(module, data, root=root, world_size=world_size, max_epochs=1)
+
+    sft_module = SFTModule(backbone=BackboneConfig(name_or_path=teacher), **sgd)
+    # 24 rows in steps of 10: the last step is incomplete, and one rank gets more of it than the other.
+    sft_data = SFTDataModule(demonstrations, global_batch_size=10, micro_batch_size=5)
+    return {
+        "sft": fit(sft_module, sft_data, root=root, world_size=world_size, max_epochs=1),
+        "dpr_one_step": dpr(16),
+        "dpr_two_steps": dpr(8),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, *sources = sys.argv[1:]
+    torch.save(run(Path(out).parent, *sources, world_size=2), out)

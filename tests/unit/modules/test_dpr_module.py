@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dpr_lightning.data.demonstrations import DemonstrationConfig
+from dpr_lightning.errors import UserError
+from dpr_lightning.functional.returns import ExpectedReturns
+from dpr_lightning.functional.rewards import DenseReward
+from dpr_lightning.models.backbone import BackboneConfig, load_model
+from dpr_lightning.modules.dpr import DPRModule
+from dpr_lightning.types import Experience, SamplingConfig
+
+
+class Keep(Callback):
+    """Keeps every epoch's experience and logged metrics."""
+
+    def __init__(self) -> None:
+        self.experiences: list[Experience] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self.experiences.append(trainer.datamodule.experience)  # type: ignore[attr-defined]
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_frozen_policies_are_no_part_of_the_module(
+    dpr: Callable[..., Any], make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    module, data = dpr()
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    make_trainer(max_epochs=2, callbacks=[checkpoint], enable_checkpointing=True).fit(module, data)
+
+    num_actor = len(list(module.actor.parameters()))
+    assert len(list(module.parameters())) == num_actor
+    assert {id(parameter) for parameter in module.parameters()} == {id(p) for p in module.actor.parameters()}
+    names = {name for name in module.state_dict() if not name.startswith("evaluation_metrics")}
+    assert names == {f"policy.model.{name}" for name in module.actor.model.state_dict()}
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    assert saved["state_dict"].keys() == module.state_dict().keys()
+    assert len(saved["optimizer_states"][0]["param_groups"][0]["params"]) == num_actor
+
+    # Two epochs of training left both where they were, and moved the actor away from its teacher.
+    for name, source in (("teacher", module.teacher), ("reference", module.reference)):
+        policy = module.frozen_policy(name)
+        policy.assert_frozen()
+        for key, value in load_model(source, module.backbone).state_dict().items():
+            assert torch.equal(policy.model.state_dict()[key], value), key
+        assert all(parameter.grad is None for parameter in policy.parameters())
+    assert not torch.equal(module.actor.model.lm_head.weight, module.frozen_policy("teacher").model.lm_head.weight)
+
+
+def test_the_policy_starts_as_the_teacher(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
+    module, data = dpr()
+    keep = Keep()
+    make_trainer(max_epochs=2, callbacks=[keep]).fit(module, data)
+    first, second = keep.experiences
+    assert torch.equal(first.scores.old_logp_BT, first.scores.teacher_logp_BT)
+    assert first.stats["policy/teacher_kl"] == 0.0
+    assert not torch.equal(second.scores.old_logp_BT, second.scores.teacher_logp_BT)
+    for experience in (first, second):
+        assert experience.stats["rollout/sampler_gap"] < 1e-4
+
+
+def test_the_first_mini_batch_is_on_policy(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
+    module, data = dpr(micro_batch_size=8)
+    keep = Keep()
+    make_trainer(callbacks=[keep]).fit(module, data)
+    assert keep.metrics[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert keep.metrics[0]["policy/clip_share"] == 0.0
+    assert keep.metrics[0]["policy/old_kl"] == pytest.approx(0.0, abs=1e-6)
+    # Plain SGD at 0.5 then moves it far.
+    assert abs(keep.metrics[1]["policy/ratio_mean"] - 1.0) > 1e-3
+
+
+def test_advantages_are_whitened_over_the_whole_rollout_batch(
+    dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    module, data = dpr(micro_batch_size=2)
+    keep = Keep()
+    make_trainer(callbacks=[keep]).fit(module, data)
+    (experience,) = keep.experiences
+    mask_BT = experience.rollouts.response_mask_BT
+    advantage_N = experience.advantage_BT[mask_BT].double()
+    assert float(advantage_N.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(advantage_N.square().mean()) == pytest.approx(1.0, abs=1e-4)
+    assert float(experience.advantage_BT[~mask_BT].abs().max()) == 0.0
+    # The halves that the two optimizer steps see are not white by themselves.
+    halves = [experience.advantage_BT[rows][mask_BT[rows]].mean() for rows in (slice(0, 8), slice(8, 16))]
+    assert all(abs(float(mean)) > 1e-3 for mean in halves)
+    # Reward to go by hand for each row, with the penalty inside (0 here: the policy is the teacher).
+    reward_BT = DenseReward()(experience.scores)
+    torch.testing.assert_close(experience.reward_BT, reward_BT)
+    for row in range(len(mask_BT)):
+        rewards = reward_BT[row][mask_BT[row]].tolist()
+        expected = [sum(rewards[t:]) for t in range(len(rewards))]
+        assert experience.return_BT[row][mask_BT[row]].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_kl_penalty_is_inside_the_reward(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
+    module, data = dpr(model={"kl_in_reward": 0.5})
+    keep = Keep()
+    make_trainer(max_epochs=2, callbacks=[keep]).fit(module, data)
+    scores = keep.experiences[1].scores
+    expected_BT = (scores.teacher_logp_BT - scores.reference_logp_BT) - 0.5 * (
+        scores.old_logp_BT - scores.teacher_logp_BT
+    )
+    torch.testing.assert_close(keep.experiences[1].reward_BT, expected_BT)
+    assert float((scores.old_logp_BT - scores.teacher_logp_BT).abs().max()) > 1e-3
+
+
+def test_expected_reward_is_the_expectation_over_all_actions(
+    dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    module, data = dpr(model={"kl_in_reward": 0.5, "returns": ExpectedReturns()})
+    keep = Keep()
+    make_trainer(callbacks=[keep], max_epochs=2).fit(module, data)
+    rollouts = keep.experiences[1].rollouts
+    # Scored again under the weights as they are now; b = sum_a pi(a) [r_hat(a) - beta (log pi - log pi_SFT)(a)].
+    scores = module.score(rollouts)
+    found_BT = module._expected_reward(scores)
+    assert found_BT is not None
+    models = [module.actor.model, module.frozen_policy("teacher").model, module.frozen_policy("reference").model]
+    for row in range(4):
+        ids_T = rollouts.input_ids_BT[row][rollouts.attention_mask_BT[row]]
+        with torch.no_grad():
+            old, teacher, reference = (model(ids_T[None]).logits[0].log_softmax(dim=-1) for model in models)
+        b_T = (old.exp() * (teacher - reference - 0.5 * (old - teacher))).sum(dim=-1)
+        for t in rollouts.response_mask_BT[row].nonzero().flatten().tolist():
+            assert float(found_BT[row, t]) == pytest.approx(float(b_T[t - 1]), abs=1e-4)
+
+
+def test_prompts_come_once_before_any_comes_again(
+    dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    module, data = dpr(prompts_per_rollout=8, samples_per_prompt=2)
+    keep = Keep()
+    make_trainer(max_epochs=3, callbacks=[keep]).fit(module, data)
+    seen = [experience.rollouts.prompt_index_B for experience in keep.experiences]
+    assert sorted(torch.cat(seen).tolist()) == sorted(2 * list(range(24)))
+    for index_B in seen:
+        # The samples of one prompt are adjacent and not the same.
+        assert torch.equal(index_B[0::2], index_B[1::2])
+    rows = keep.experiences[0].rollouts
+    assert any(not torch.equal(rows.input_ids_BT[i], rows.input_ids_BT[i + 1]) for i in range(0, 16, 2))
+
+
+def test_validation_reports_the_dense_reward(
+    dpr: Callable[..., Any], demonstrations_file: str, make_trainer: Callable[..., Trainer]
+) -> None:
+    def verifier(row: dict[str, Any], response: str) -> bool:
+        return row["prompt"].startswith("1")
+
+    module, data = dpr(model={"verifier": verifier, "decoding": SamplingConfig(max_new_tokens=6)})
+    data.demonstrations = DemonstrationConfig(source=demonstrations_file, validation_source=demonstrations_file)
+    found = make_trainer().validate(module, data, verbose=False)[0]
+    # The policy is the teacher, and 11 of the numbers 0..23 start with a 1.
+    assert found["val/teacher_kl"] == 0.0
+    assert found["val/accuracy"] == pytest.approx(11 / 24)
+    assert 1.0 <= found["val/length"] <= 6.0
+    assert 0.0 < found["val/truncated_share"] <= 1.0
+    assert found == make_trainer().validate(module, data, verbose=False)[0]
+
+
+def test_predict_loads_no_frozen_policy(
+    dpr: Callable[..., Any], demonstrations_file: str, make_trainer: Callable[..., Trainer]
+) -> None:
+    module, data = dpr(model={"decoding": SamplingConfig(max_new_tokens=2)})
+    data.demonstrations = DemonstrationConfig(source=demonstrations_file, validation_source=demonstrations_file)
+    predictions = make_trainer().predict(module, data)
+    assert predictions is not None
+    assert sum(len(batch) for batch in predictions) == 24
+    assert module.frozen == {}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"alpha": 0.0}, r"model\.alpha: found 0\.0"),
+        ({"alpha": 1.0}, r"model\.alpha: found 1\.0"),
+        ({"kl_in_reward": -1.0}, r"model\.kl_in_reward: found -1\.0"),
+        ({"kl_in_reward": float("nan")}, r"model\.kl_in_reward: found nan"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DPRModule("teacher", backbone=BackboneConfig(name_or_path="unused"), **settings)  # type: ignore[arg-type]

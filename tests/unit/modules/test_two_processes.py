@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.multiprocess
+
+WORKER = Path(__file__).parent / "ddp_worker.py"
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def run_ranks(directory: Path, *sources: str) -> list[dict[str, Any]]:
+    """Run the worker as two ranks under torchrun's environment."""
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "test",
+            "OMP_NUM_THREADS": "1",
+            "HF_DATASETS_CACHE": str(directory / "cache"),
+        }
+        command = [sys.executable, str(WORKER), str(directory / f"rank{rank}.pt"), *sources]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, frozen_dirs: tuple[str, str], demonstrations_file: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one process did, and what each of two did."""
+    directory = tmp_path_factory.mktemp("ranks")
+    ranks = run_ranks(directory, *frozen_dirs, demonstrations_file)
+    spec = importlib.util.spec_from_file_location("ddp_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker.run(directory, *frozen_dirs, demonstrations_file, world_size=1), ranks
+
+
+def test_there_were_two_ranks(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    for stage in one:
+        assert [rank[stage]["rank"] for rank in ranks] == [0, 1]
+        assert {rank[stage]["world_size"] for rank in ranks} == {2}
+        # The same optimizer step from half as many micro-batches on each rank.
+        assert ranks[0][stage]["accumulation"] * 2 == one[stage]["accumulation"]
+        assert ranks[0][stage]["loss_scale"] == one[stage]["loss_scale"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpr_one_step"])
+def test_the_same_steps_are_taken(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    keys = ("train/loss",) if stage == "sft" else ("policy/loss", "policy/ratio_mean")
+    for rank in ranks:
+        assert len(rank[stage]["metrics"]) == len(one[stage]["metrics"]) == (3 if stage == "sft" else 1)
+        for step, metrics in enumerate(one[stage]["metrics"]):
+            for key in (*keys, "policy/grad_norm"):
+                # The whitened policy loss starts at 0 up to rounding.
+                assert rank[stage]["metrics"][step][key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+        for name, value in one[stage]["weights"].items():
+            torch.testing.assert_close(rank[stage]["weights"][name], value, rtol=1e-4, atol=2e-6, msg=name)
+            assert torch.equal(rank[stage]["weights"][name], ranks[0][stage]["weights"][name])
+
+
+def test_the_last_incomplete_step_counts_what_it_has(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    # One process counts a step in each of its micro-batches, two in each rank's only one. The last of 24 rows in
+    # steps of 10 has 4, which fit one micro-batch of one process.
+    counts = [tokens for tokens, _ in one["sft"]["counts"]]
+    assert len(counts) == 5
+    for rank in ranks:
+        assert [tokens for tokens, _ in rank["sft"]["counts"]] == [counts[0], counts[2], counts[4]]
+
+
+@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps"])
+def test_advantages_are_those_of_one_process(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    assert ranks[0][stage]["prompts"] + ranks[1][stage]["prompts"] == one[stage]["prompts"]
+    together = ranks[0][stage]["advantages"] + ranks[1][stage]["advantages"]
+    for row, expected in zip(together, one[stage]["advantages"], strict=True):
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+    # Whitened over both ranks, and not on each.
+    assert abs(float(torch.cat(ranks[0][stage]["advantages"]).mean())) > 1e-3
+    for rank in ranks:
+        for name, value in one[stage]["stats"].items():
+            assert rank[stage]["stats"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps"])
+def test_denominators_are_of_the_whole_step(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    num_tokens = int(one[stage]["stats"]["rollout/num_tokens"])
+    assert ranks[0][stage]["counts"] == ranks[1][stage]["counts"]
+    for part, per_step in ((one, 16 // 4 if stage == "dpr_one_step" else 8 // 4), (ranks[0], None)):
+        accumulation = per_step or part[stage]["accumulation"]
+        steps = part[stage]["counts"][::accumulation]
+        # Each step is counted in full in every one of its micro-batches, and together they are the rollout batch.
+        assert part[stage]["counts"] == [count for count in steps for _ in range(accumulation)]
+        assert sum(tokens for tokens, _ in steps) == num_tokens
+        assert {sequences for _, sequences in steps} == {16 // len(steps)}
