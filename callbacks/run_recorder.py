@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,18 @@ from dpr_lightning.modules.base import CausalLMModule
 class RunRecorder(SaveConfigCallback):
     """Writes ``config.yaml`` and ``run.json`` into the run's directory when ``fit`` starts, and how it ended.
 
-    A resumed run keeps every earlier configuration as ``config.1.yaml``, ``config.2.yaml`` and so on.
+    A resumed run keeps every earlier configuration as ``config.1.yaml``, ``config.2.yaml`` and so on. The checkpoint
+    that it resumed from is not part of its configuration: ``config.yaml`` alone repeats the run from the start.
+
+    Args:
+        args: See ``SaveConfigCallback``.
+        command: The command line, for the record.
+        kwargs: See ``SaveConfigCallback``.
     """
+
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.command = command
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -28,7 +36,9 @@ class RunRecorder(SaveConfigCallback):
         run_dir = Path(trainer.default_root_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "config.yaml"
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        config.ckpt_path = None
+        text = self.parser.dump(config, skip_none=False)
         if path.exists() and path.read_text() != text:
             number = len(list(run_dir.glob("config.*.yaml"))) + 1
             path.rename(run_dir / f"config.{number}.yaml")
@@ -40,7 +50,7 @@ class RunRecorder(SaveConfigCallback):
                 "kind": "run",
                 "status": "running",
                 "started": now(),
-                "command": shlex.join(sys.argv),
+                "command": self.command,
                 "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
                 "environment": environment(),
                 "world_size": trainer.world_size,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from dpr_lightning.arguments import Parser
@@ -32,7 +41,7 @@ class CommandLine(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="runs/run", help="The one directory that this run writes to.")
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="One directory for all that this run writes.")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -43,25 +52,90 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir)
-        if self.subcommand == "fit":
-            check_run_dir(run_dir, is_resuming=bool(config.ckpt_path))
-        config.trainer.default_root_dir = str(run_dir)
-        if config.trainer.logger in (None, True):
-            config.trainer.logger = _tensorboard(run_dir) if self.subcommand != "predict" else False
-        for callback in config.trainer.callbacks or []:
-            if callback.class_path.endswith(".ModelCheckpoint") and callback.init_args.dirpath is None:
-                callback.init_args.dirpath = str(run_dir / "checkpoints")
+        check_run_dir(run_dir, is_new=self.subcommand == "fit" and not config.ckpt_path)
+        check_checkpoint(config.ckpt_path, run_dir)
+        self.parser.add_instantiator(self._construct, object, subclasses=True)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        try:
+            self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: {error}; give it a value that it takes") from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Set on the objects and not in the configuration, which is recorded and must be good for another run_dir.
+        run_dir = Path(self.config[self.subcommand].run_dir)
+        settings = self.config_init[self.subcommand].trainer
+        if settings.logger in (None, True):
+            is_predict = self.subcommand == "predict"
+            kwargs["logger"] = False if is_predict else TensorBoardLogger(run_dir, name="", version="tensorboard")
+        for callback in settings.callbacks or []:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(run_dir / "checkpoints")
+        return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+
+    def _construct(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+        """Make one object of the configuration; what its constructor refuses is refused under its key."""
+        kwargs.pop("applied_instantiation_links", None)
+        try:
+            return class_type(*args, **kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            path = f"{class_type.__module__}.{class_type.__qualname__}"
+            found = [
+                (key, settings)
+                for key, node in _classes(self.config[self.subcommand])
+                if (settings := dict(node.get("init_args", Namespace()).items())) is not None
+                and node.class_path == path
+            ]
+            keys = [key for key, settings in found if settings == kwargs] or [key for key, _ in found] or [path]
+            raise UserError(f"{keys[0]}: {' '.join(str(error).split())}; change it") from error
 
 
-def _tensorboard(run_dir: Path) -> Namespace:
-    return Namespace(
-        class_path="lightning.pytorch.loggers.TensorBoardLogger",
-        init_args=Namespace(save_dir=str(run_dir), name="", version="tensorboard"),
-    )
+def _classes(node: Any, key: str = "") -> Iterator[tuple[str, Namespace]]:
+    """Yield key and configuration of every class below ``node``."""
+    if isinstance(node, list):
+        for item in node:
+            name = str(item.get("class_path", "")).rpartition(".")[2] if isinstance(item, Namespace) else ""
+            yield from _classes(item, f"{key}.{name}")
+    if not isinstance(node, Namespace):
+        return
+    if "class_path" in node:
+        yield key, node
+        node = node.get("init_args", Namespace())
+    for name, value in vars(node).items():
+        yield from _classes(value, f"{key}.{name}" if key else name)
 
 
-def check_run_dir(run_dir: Path, *, is_resuming: bool) -> None:
-    """Refuse a directory that cannot be written to, or that holds another run.
+def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
+    """Refuse a checkpoint that is not there; Lightning would begin anew without the last one.
+
+    Raises:
+        UserError: With what to do.
+    """
+    if ckpt_path in (None, "hpc") or str(ckpt_path).startswith("registry") or "://" in str(ckpt_path):
+        return
+    if ckpt_path in ("last", "best"):
+        if not list((run_dir / "checkpoints").glob("*.ckpt")):
+            raise UserError(
+                f"ckpt_path: found '{ckpt_path}', but '{run_dir / 'checkpoints'}' holds no checkpoint; set run_dir to "
+                "the run that you mean, or leave ckpt_path out and begin anew"
+            )
+    elif not Path(str(ckpt_path)).exists():
+        raise UserError(f"ckpt_path: no file '{ckpt_path}'; give an existing checkpoint, or 'last'")
+
+
+def check_run_dir(run_dir: Path, *, is_new: bool) -> None:
+    """Refuse a directory that cannot be written to, or that holds another run where a new one begins.
 
     Raises:
         UserError: With what to do.
@@ -69,15 +143,56 @@ def check_run_dir(run_dir: Path, *, is_resuming: bool) -> None:
     existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
-    if (run_dir / "config.yaml").exists() and not is_resuming:
+    if is_new and (run_dir / "config.yaml").exists():
         raise UserError(
             f"run_dir: '{run_dir}' already holds a run; continue it with --ckpt_path last, choose another --run_dir, "
             "or delete it"
         )
 
 
+def packaged_configs(args: Sequence[str]) -> list[str]:
+    """Return ``args`` with every ``configs/...`` that does not exist here replaced by the package's own file."""
+    own = Path(__file__).resolve().parent
+    return [
+        str(own / arg) if arg.startswith("configs/") and not Path(arg).exists() and (own / arg).is_file() else arg
+        for arg in args
+    ]
+
+
+_CHATTER = (
+    "\U0001f4a1 Tip:",  # advertises other products
+    "TPU available:",
+    "Loading `train_dataloader` to estimate",
+)
+"""Beginnings of Lightning's log lines that say nothing of this run."""
+_NEEDLESS_WARNINGS = (
+    # Lightning's own use of torch, which it has to change.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # No validation data is a choice, and a loader that serves what lies in memory wants no worker processes.
+    r"Total length of `list` across ranks is zero",
+    r"The '\w+_dataloader' does not have many workers",
+)
+
+
+def quieten() -> None:
+    """Leave out what libraries say to everyone and what helps no one here; all other messages stay."""
+    for message in _NEEDLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+    # Bars over the files of one model flash by; those over downloads stay.
+    disable_progress_bar()
+    enable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_CHATTER)
+
+
 def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
     """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand."""
+    command = shlex.join(["dpr-lightning", *(args if isinstance(args, list) else sys.argv[1:])])
     return CommandLine(
         CausalLMModule,
         LightningDataModule,
@@ -86,7 +201,7 @@ def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=RunRecorder,
-        save_config_kwargs={"save_to_log_dir": False},
+        save_config_kwargs={"save_to_log_dir": False, "command": command},
         auto_configure_optimizers=False,
         parser_class=Parser,
         parser_kwargs={
@@ -104,10 +219,11 @@ def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
 def main(args: Sequence[str] | None = None) -> Any:
     """Run one command; a mistake of the user's is one line on standard error and exit status 2."""
     arguments = list(sys.argv[1:] if args is None else args)
+    quieten()
     try:
         if arguments and arguments[0] in COMMANDS:
             return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-        return command_line(arguments)
-    except (UserError, NonFiniteError) as error:
-        sys.stderr.write(f"dpr-lightning: error: {error}\n")
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from error
+        return command_line(packaged_configs(arguments))
+    except (UserError, MisconfigurationException, NonFiniteError) as error:
+        sys.stderr.write(f"dpr-lightning: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(1 if isinstance(error, NonFiniteError) else 2) from error

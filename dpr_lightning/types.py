@@ -141,3 +141,16 @@ class SamplingConfig:
     """Keep only this many most likely tokens; 0 keeps every token."""
     batch_size: int = 64
     """Prompts decoded together."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler could do."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (most likely token) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 from typing_extensions import override
 
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
@@ -214,10 +214,10 @@ class RolloutDataModule(LightningDataModule):
         # Ranks draw differently, and a resumed epoch draws as the first time.
         seed = int(np.random.SeedSequence([self.seed, 1, epoch, rank]).generate_state(1)[0])
         start = time.perf_counter()
-        with tqdm(
-            total=len(prompt_ids), desc=f"Rollout {epoch}", unit="response", leave=False, disable=rank > 0 or None
-        ) as bar:
-            samples = self.module.sample(prompt_ids, self.sampling, seed=seed, on_progress=bar.update)
+        # Our progress bar shows rollouts; the Trainer may have another, or none.
+        show = getattr(trainer.progress_bar_callback, "rollout_bar", lambda total: nullcontext())
+        with show(len(prompt_ids)) as advance:
+            samples = self.module.sample(prompt_ids, self.sampling, seed=seed, on_progress=advance)
         rollouts = make_rollouts(prompt_ids, samples, repeated, pad_id=pad_id(self.module.tokenizer))
         return self.module.build_experience(rollouts, rollout_seconds=time.perf_counter() - start)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
-from dpr_lightning.functional.collate import collate
 from dpr_lightning.data.demonstrations import (
     CONFIG_KEY,
     DemonstrationConfig,
@@ -26,6 +26,7 @@ from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, l
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
+from dpr_lightning.functional.collate import collate
 from dpr_lightning.types import SFTBatch
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
@@ -79,6 +80,25 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self.trainer.lightning_module.tokenizer
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch, known from ``setup`` on.
+
+        The module counts with this and not with the Trainer's estimate, which would build the training loader before
+        a resumed run's place in it is restored.
+        """
+        assert self.trainer is not None
+        return math.ceil(len(self.plan_epoch(0)) / self.trainer.accumulate_grad_batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training rows; known after ``setup``.
+
+        Asking Lightning instead would make its loader before a checkpoint's state of it is there to be restored.
+        """
+        num_rows = len(self.encoded["train"])
+        return num_rows // self.global_batch_size if self.drop_last else -(-num_rows // self.global_batch_size)
 
     @override
     def prepare_data(self) -> None:

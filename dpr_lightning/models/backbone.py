@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,8 @@ class BackboneConfig:
     """Which pretrained model a run stands on, and how it is loaded."""
 
     name_or_path: str
-    """Transformers directory or hub name. SFT starts from it; DPR starts from its teacher instead and takes only the
-    other settings from here."""
+    """Transformers directory or hub name; ``dpr_lightning/...`` lies in the installed package, wherever that is. SFT
+    starts from it; DPR starts from its teacher instead and takes only the other settings from here."""
     model_class: type[PreTrainedModel] | None = None
     """Class to load; None lets transformers choose its causal class. Name it where that choice is multimodal."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -32,6 +33,16 @@ class BackboneConfig:
     """Run Python code that comes with the weights. Off unless you have read that code."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def locate(name_or_path: str) -> str:
+    """Return the path of what ships with the package (``dpr_lightning/...``); anything else as it is."""
+    packaged = _PACKAGE.parent / name_or_path
+    is_packaged = Path(name_or_path).parts[:1] == (_PACKAGE.name,) and packaged.is_dir()
+    return str(packaged) if is_packaged else name_or_path
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
@@ -50,7 +61,7 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise _explain("tokenizer of", name_or_path, error) from error
@@ -63,7 +74,7 @@ def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
     """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
     try:
         return AutoConfig.from_pretrained(
-            name_or_path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise _explain("model", name_or_path, error) from error
@@ -92,7 +103,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             key_mapping = _TEXT_MODEL_KEYS
     try:
         model, report = loader.from_pretrained(
-            name_or_path,
+            locate(name_or_path),
             config=config,
             revision=backbone.revision,
             trust_remote_code=backbone.trust_remote_code,

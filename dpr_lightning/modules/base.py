@@ -152,7 +152,9 @@ class CausalLMModule(LightningModule):
         for name, value in out.metrics.items():
             self._step_metrics[name] = self._step_metrics.get(name, torch.zeros_like(value)) + value
         if self.trainer.is_last_batch or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.log_dict(self._step_metrics, on_step=True, on_epoch=False, reduce_fx="sum", sync_dist=True)
+            for name, value in self._step_metrics.items():
+                is_loss = name.endswith("/loss")
+                self.log(name, value, on_step=True, on_epoch=False, prog_bar=is_loss, reduce_fx="sum", sync_dist=True)
             self._step_metrics = {}
         return out.loss * self.loss_scale
 
@@ -195,8 +197,11 @@ class CausalLMModule(LightningModule):
         is_finite = bool(torch.isfinite(value.detach()).all())
         if self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
             return
+        found = "stopped being finite on another rank"
+        if not is_finite:
+            found = f"became {float(value.detach()):g} on rank {self.global_rank}"
         raise NonFiniteError(
-            f"{what} became {float(value.detach()):g} on rank {self.global_rank} at optimizer step "
+            f"{what} {found} at optimizer step "
             f"{self.trainer.global_step}, epoch {self.current_epoch}, {where}; this step was not applied. Checkpoints "
             "written before it are good: lower the learning rate or look at this batch, then resume with --ckpt_path"
         )

@@ -202,6 +202,17 @@ class DPRModule(CausalLMModule):
         return gathered.reshape(-1, rows_BK.shape[1]).to(rows_BK.device)
 
     @override
+    def on_train_epoch_start(self) -> None:
+        """Log the figures of the epoch's rollouts once, at x = the optimizer steps that made the policy of them."""
+        experience = getattr(self.trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
+        if experience is None:
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics(experience.stats, step=self.trainer.global_step)
+        # For checkpoints that watch a figure, and for the progress bar.
+        self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1)
+
+    @override
     def training_step(self, batch: DPRBatch, batch_idx: int) -> Tensor:
         logp_BT = scatter_tokens(self.actor(batch).logp_N, batch.response_mask_BT)
         return self.finish_step(self.loss(logp_BT, batch), batch, batch_idx)

@@ -36,7 +36,7 @@ class TransformersSampler:
         on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
         """Draw one response per prompt; see ``Sampler.sample``."""
-        _check(config, prompts)
+        _check(prompts)
         responses: list[list[int]] = [[] for _ in prompts]
         logps: list[list[float]] = [[] for _ in prompts]
         truncated = [False] * len(prompts)
@@ -61,17 +61,7 @@ class TransformersSampler:
         return Samples(response_ids=responses, logp=logps, is_truncated=truncated)
 
 
-def _check(config: SamplingConfig, prompts: Sequence[Sequence[int]]) -> None:
-    if config.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {config.max_new_tokens}")
-    if config.temperature < 0:
-        raise ValueError(f"temperature must be 0 (most likely token) or more, got {config.temperature}")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {config.top_p}")
-    if config.top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or more, got {config.top_k}")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
+def _check(prompts: Sequence[Sequence[int]]) -> None:
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty: there is no state to sample from")
 

@@ -113,7 +113,7 @@ def test_files_of_others_are_refused_at_the_start(tmp_path: Path, toy: Any, toy_
 
 @pytest.mark.parametrize("directory", ["", "..", "a/b", "/tmp", "reference"])
 def test_a_directory_outside_the_run_is_refused(directory: str) -> None:
-    with pytest.raises(UserError, match="HFExport.directory"):
+    with pytest.raises(UserError, match=r"HFExport\.directory"):
         HFExport(directory)
 
 

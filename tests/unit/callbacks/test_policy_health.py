@@ -37,9 +37,7 @@ def parts(toy: Any, toy_rollouts: Any, trainer_in: Any, experience_of: Any) -> A
         ("teacher_kl", {"policy__teacher_kl": 3.0}, "3 nats per response, above PolicyHealth.teacher_kl_budget = 2"),
     ],
 )
-def test_warns_once_per_kind(
-    kind: str, later: dict[str, float], message: str, tmp_path: Path, parts: Any
-) -> None:
+def test_warns_once_per_kind(kind: str, later: dict[str, float], message: str, tmp_path: Path, parts: Any) -> None:
     callback = PolicyHealth(teacher_kl_budget=2.0)
     with pytest.warns(UserWarning, match=message) as caught:
         fit(tmp_path, callback, [{}, {}, later, later], parts)

@@ -21,7 +21,12 @@ def test_a_log_file_gets_a_few_lines(
     output = capsys.readouterr().out
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     # N = 20: a line each 5 steps.
-    assert [line.split(",")[0] for line in lines] == ["step 5/20 (25%)", "step 10/20 (50%)", "step 15/20 (75%)", "step 20/20 (100%)"]
+    assert [line.split(",")[0] for line in lines] == [
+        "step 5/20 (25%)",
+        "step 10/20 (50%)",
+        "step 15/20 (75%)",
+        "step 20/20 (100%)",
+    ]
     assert all(re.search(r", \d\d:\d\d gone, \d\d:\d\d left, loss -?[\d.]+", line) for line in lines)
     assert "\r" not in output
 
@@ -38,15 +43,15 @@ def test_a_resumed_run_goes_on_counting(
     assert lines == ["step 8/10 (80%)", "step 10/10 (100%)"]
 
 
-@pytest.fixture
-def _terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-
-
-@pytest.mark.usefixtures("_terminal")
 def test_a_terminal_gets_one_bar_over_the_whole_run(
-    tmp_path: Path, toy: Any, toy_data: Any, trainer_in: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    toy: Any,
+    toy_data: Any,
+    trainer_in: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = Progress()
     trainer_in(tmp_path, progress, max_epochs=3, accumulate_grad_batches=2, enable_progress_bar=True).fit(
         toy(), datamodule=toy_data(4)
@@ -58,8 +63,8 @@ def test_a_terminal_gets_one_bar_over_the_whole_run(
     assert "step 6/6 (" not in output
 
 
-@pytest.mark.usefixtures("_terminal")
-def test_a_rollout_has_a_bar_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rollout_has_a_bar_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Progress().rollout_bar(4, "Rollout 7") as advance:
         advance(1)
         advance(3)
@@ -74,5 +79,5 @@ def test_a_rollout_is_silent_in_a_log(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_negative_number_of_lines_is_refused() -> None:
-    with pytest.raises(UserError, match="Progress.num_lines: found -1"):
+    with pytest.raises(UserError, match=r"Progress\.num_lines: found -1"):
         Progress(num_lines=-1)

@@ -176,7 +176,7 @@ def test_refused_before_the_first_step(
 
 
 def test_a_timer_among_the_callbacks_is_refused_too(tmp_path: Path, toy: Any, toy_data: Any, trainer_in: Any) -> None:
-    with pytest.raises(UserError, match="trainer.max_time"):
+    with pytest.raises(UserError, match=r"trainer\.max_time"):
         trainer_in(tmp_path, ReferenceSnapshot(), Timer("00:01:00:00"), max_epochs=1).fit(
             toy(), datamodule=toy_data(10)
         )
@@ -201,9 +201,7 @@ def test_a_plan_that_lightning_will_not_run_is_refused(
     assert module.seen == []
 
 
-def test_says_so_when_the_run_ends_before_the_step(
-    tmp_path: Path, toy: Any, toy_data: Any, trainer_in: Any
-) -> None:
+def test_says_so_when_the_run_ends_before_the_step(tmp_path: Path, toy: Any, toy_data: Any, trainer_in: Any) -> None:
     # The loss, w * batch, is 0 in the first step and falls: the threshold stops the run after its first epoch of 3.
     stopping = EarlyStopping("loss", divergence_threshold=-1.0, check_on_train_epoch_end=True, mode="max")
     trainer = trainer_in(tmp_path, ReferenceSnapshot(0.5), stopping, max_epochs=4)

@@ -58,7 +58,9 @@ def test_rows_are_the_best_the_worst_and_some_others() -> None:
     assert any(pick_rows(return_B, num_rows=8, seed=(0, epoch)) != picked for epoch in range(4, 10))
 
 
-@pytest.mark.parametrize(("num_responses", "num_rows", "expected"), [(1, 8, 1), (2, 8, 2), (5, 8, 5), (5, 1, 1), (9, 3, 3)])
+@pytest.mark.parametrize(
+    ("num_responses", "num_rows", "expected"), [(1, 8, 1), (2, 8, 2), (5, 8, 5), (5, 1, 1), (9, 3, 3)]
+)
 def test_rows_of_small_batches(num_responses: int, num_rows: int, expected: int) -> None:
     picked = pick_rows(torch.zeros(num_responses), num_rows=num_rows, seed=(0, 0))
     assert len({index for index, _ in picked}) == len(picked) == expected

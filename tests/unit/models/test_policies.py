@@ -91,9 +91,7 @@ def test_padding_ids_are_inert(family: str, side: str, tiny_model: Callable[...,
     ],
     ids=["gemma2", "cohere", "granite"],
 )
-def test_logp_includes_what_a_family_does_to_its_logits(
-    model_class: type[PreTrainedModel], config: object
-) -> None:
+def test_logp_includes_what_a_family_does_to_its_logits(model_class: type[PreTrainedModel], config: object) -> None:
     torch.manual_seed(0)
     model = model_class(config).eval()  # type: ignore[arg-type]
     check_lm_head(model)

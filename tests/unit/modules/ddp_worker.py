@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.data.sft_datamodule import SFTDataModule
+from dpr_lightning.errors import NonFiniteError
 from dpr_lightning.models.backbone import BackboneConfig
 from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.modules.sft import SFTModule
@@ -65,9 +66,16 @@ class Keep(Callback):
             self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int) -> dict[str, Any]:
-    keep = Keep()
-    trainer = Trainer(
+class Poison(Callback):
+    """Spoils the second rank's weights before its second optimizer step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            next(pl_module.parameters()).data.fill_(float("nan"))
+
+
+def make_trainer(root: Path, world_size: int, *callbacks: Callback) -> Trainer:
+    return Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy="ddp" if world_size > 1 else "auto",
@@ -75,10 +83,15 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int)
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        max_epochs=max_epochs,
+        max_epochs=1,
         default_root_dir=root,
-        callbacks=[keep],
+        callbacks=list(callbacks),
     )
+
+
+def fit(module: Any, data: Any, *, root: Path, world_size: int) -> dict[str, Any]:
+    keep = Keep()
+    trainer = make_trainer(root, world_size, keep)
     trainer.fit(module, data)
     experience = getattr(data, "experience", None)
     found: dict[str, Any] = {
@@ -101,7 +114,7 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int)
 
 
 def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, dict[str, Any]]:
-    """Return what SFT, DPR with one optimizer step and DPR with two did."""
+    """Return what SFT, DPR with one optimizer step and DPR with two did, and how two ranks stopped at a NaN of one."""
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1), "warmup_ratio": 0.0}
     demonstrations = DemonstrationConfig(source=source)
 
@@ -112,16 +125,24 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
         data = RolloutDataModule(
             demonstrations, prompts_per_rollout=16, global_batch_size=global_batch_size, micro_batch_size=4
         )
-        return fit(module, data, root=root, world_size=world_size, max_epochs=1)
+        return fit(module, data, root=root, world_size=world_size)
 
-    sft_module = SFTModule(backbone=BackboneConfig(name_or_path=teacher), **sgd)
     # 24 rows in steps of 10: the last step is incomplete, and one rank gets more of it than the other.
-    sft_data = SFTDataModule(demonstrations, global_batch_size=10, micro_batch_size=5)
-    return {
-        "sft": fit(sft_module, sft_data, root=root, world_size=world_size, max_epochs=1),
+    def sft() -> tuple[SFTModule, SFTDataModule]:
+        module = SFTModule(backbone=BackboneConfig(name_or_path=teacher), **sgd)
+        return module, SFTDataModule(demonstrations, global_batch_size=10, micro_batch_size=5)
+
+    found = {
+        "sft": fit(*sft(), root=root, world_size=world_size),
         "dpr_one_step": dpr(16),
         "dpr_two_steps": dpr(8),
     }
+    if world_size > 1:
+        try:
+            make_trainer(root, world_size, Poison()).fit(*sft())
+        except NonFiniteError as error:
+            found["poisoned"] = {"message": str(error)}
+    return found
 
 
 if __name__ == "__main__":

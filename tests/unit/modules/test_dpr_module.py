@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.errors import UserError
@@ -15,6 +17,7 @@ from dpr_lightning.functional.returns import ExpectedReturns
 from dpr_lightning.functional.rewards import DenseReward
 from dpr_lightning.models.backbone import BackboneConfig, load_model
 from dpr_lightning.modules.dpr import DPRModule
+from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import Experience, SamplingConfig
 
 
@@ -154,21 +157,47 @@ def test_prompts_come_once_before_any_comes_again(
     assert any(not torch.equal(rows.input_ids_BT[i], rows.input_ids_BT[i + 1]) for i in range(0, 16, 2))
 
 
+class FixedSampler:
+    """Answers every prompt with two tokens and EOS, and every third one with four tokens without."""
+
+    def sample(self, model: Any, prompts: Any, *, eos_token_id: int, **settings: Any) -> Samples:
+        is_truncated = [number % 3 == 0 for number in range(len(prompts))]
+        responses = [[20, 21, 22, 23] if cut else [20, 21, eos_token_id] for cut in is_truncated]
+        return Samples(response_ids=responses, logp=[[0.0] * len(ids) for ids in responses], is_truncated=is_truncated)
+
+
 def test_validation_reports_the_dense_reward(
     dpr: Callable[..., Any], demonstrations_file: str, make_trainer: Callable[..., Trainer]
 ) -> None:
     def verifier(row: dict[str, Any], response: str) -> bool:
-        return row["prompt"].startswith("1")
+        return str(row["prompt"]).startswith("1")
 
-    module, data = dpr(model={"verifier": verifier, "decoding": SamplingConfig(max_new_tokens=6)})
+    module, data = dpr(model={"verifier": verifier, "sampler": FixedSampler()})
     data.demonstrations = DemonstrationConfig(source=demonstrations_file, validation_source=demonstrations_file)
-    found = make_trainer().validate(module, data, verbose=False)[0]
-    # The policy is the teacher, and 11 of the numbers 0..23 start with a 1.
+    trainer = make_trainer()
+    found = trainer.validate(module, data, verbose=False)[0]
+    # Prompts "0 and 0" to "23 and 529" in this order: 8 of 24 are truncated, and an unfinished answer is no answer.
+    # Of the eleven that start with a 1 (1, 10 to 19), 12, 15 and 18 are.
+    assert found["val/accuracy"] == pytest.approx(8 / 24)
+    assert found["val/length"] == pytest.approx((8 * 4 + 16 * 3) / 24)
+    assert found["val/truncated_share"] == pytest.approx(8 / 24)
+    # The policy is the teacher.
     assert found["val/teacher_kl"] == 0.0
-    assert found["val/accuracy"] == pytest.approx(11 / 24)
-    assert 1.0 <= found["val/length"] <= 6.0
-    assert 0.0 < found["val/truncated_share"] <= 1.0
-    assert found == make_trainer().validate(module, data, verbose=False)[0]
+    models = [load_model(source, module.backbone) for source in (module.teacher, module.reference)]
+    rewards = []
+    for number in range(24):
+        prompt = data.prompts["validation"].prompt_ids(number)
+        response = [20, 21, 22, 23] if number % 3 == 0 else [20, 21, module.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = [
+                model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+                for model in models
+            ]
+        rewards += [float(sum(logp[0][t, token] - logp[1][t, token] for t, token in enumerate(response)))]
+    assert found["val/reward_sum"] == pytest.approx(sum(rewards) / 24, abs=1e-4)
+    # fit after validate starts the averages anew.
+    trainer.fit(module, data)
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(8 / 24)
 
 
 def test_predict_loads_no_frozen_policy(
@@ -194,3 +223,21 @@ def test_predict_loads_no_frozen_policy(
 def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DPRModule("teacher", backbone=BackboneConfig(name_or_path="unused"), **settings)  # type: ignore[arg-type]
+
+
+def test_figures_of_each_rollout_are_logged_at_the_step_before_its_updates(
+    dpr: Callable[..., Any], make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    module, data = dpr()
+    keep = Keep()
+    logger = CSVLogger(tmp_path, name="", version="logs")
+    trainer = make_trainer(max_epochs=2, callbacks=[keep], logger=logger)
+    trainer.fit(module, data)
+    with (tmp_path / "logs" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    # Two optimizer steps an epoch: the rollouts were drawn after 0 and 2 of them.
+    assert [int(row["step"]) for row in rows] == [0, 2]
+    for row, experience in zip(rows, keep.experiences, strict=True):
+        for name, value in experience.stats.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-6, abs=1e-12), name
+    assert float(trainer.callback_metrics["reward/mean"]) == pytest.approx(keep.experiences[1].stats["reward/mean"])

@@ -128,3 +128,9 @@ def test_denominators_are_of_the_whole_step(stage: str, found: tuple[dict[str, A
         assert part[stage]["counts"] == [count for count in steps for _ in range(accumulation)]
         assert sum(tokens for tokens, _ in steps) == num_tokens
         assert {sequences for _, sequences in steps} == {16 // len(steps)}
+
+
+def test_one_ranks_nan_stops_both(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    messages = [rank["poisoned"]["message"] for rank in found[1]]
+    assert messages[0].startswith("loss stopped being finite on another rank at optimizer step 1, epoch 0")
+    assert messages[1].startswith("loss became nan on rank 1 at optimizer step 1, epoch 0")

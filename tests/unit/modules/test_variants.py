@@ -62,9 +62,7 @@ def test_every_class_is_among_the_variants() -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_variant_trains(
-    name: str, frozen_dirs: tuple[str, str], demonstrations_file: str, tmp_path: Path
-) -> None:
+def test_variant_trains(name: str, frozen_dirs: tuple[str, str], demonstrations_file: str, tmp_path: Path) -> None:
     teacher, reference = frozen_dirs
     config = {
         "trainer": {

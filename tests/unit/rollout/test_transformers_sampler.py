@@ -18,7 +18,9 @@ GENERATOR = torch.Generator().manual_seed(11)
 PROMPTS = [torch.randint(3, 48, (n,), generator=GENERATOR).tolist() for n in (4, 1, 9, 6, 2, 7, 3, 9, 12, 5)]
 
 
-def sample(model: PreTrainedModel, prompts: list[list[int]], *, eos: int = 2, seed: int = 0, **config: object) -> Samples:
+def sample(
+    model: PreTrainedModel, prompts: list[list[int]], *, eos: int = 2, seed: int = 0, **config: object
+) -> Samples:
     settings = SamplingConfig(**config)  # type: ignore[arg-type]
     return TransformersSampler().sample(model, prompts, config=settings, eos_token_id=eos, seed=seed)
 
@@ -42,9 +44,7 @@ def greedy_one_by_one(model: PreTrainedModel, *, max_new_tokens: int) -> list[li
 
 def pick_eos(responses: list[list[int]]) -> int:
     """Return the token at which the rows would end at the most different times."""
-    firsts = {
-        token: {row.index(token) for row in responses if token in row} for token in range(48)
-    }
+    firsts = {token: {row.index(token) for row in responses if token in row} for token in range(48)}
     return max(firsts, key=lambda token: len(firsts[token]))
 
 
@@ -110,9 +110,7 @@ def test_draws_follow_the_exact_distribution(
     model, prompt, num_draws = tiny_model("llama"), PROMPTS[3], 4000
     # The second token's state has been through the cache, and the prompt is padded by a longer one's presence.
     padding = [PROMPTS[8]]
-    samples = sample(
-        model, [prompt] * num_draws + padding, max_new_tokens=2, batch_size=num_draws + 1, **settings
-    )
+    samples = sample(model, [prompt] * num_draws + padding, max_new_tokens=2, batch_size=num_draws + 1, **settings)
     drawn = samples.response_ids[:num_draws]
     first = max({row[0] for row in drawn} - {2}, key=lambda token: sum(row[0] == token for row in drawn))
     for prefix in ([], [first]):
