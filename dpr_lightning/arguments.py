@@ -62,7 +62,7 @@ class Parser(LightningArgumentParser):
         self._given: list[str] = []
 
     @override
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         if args is not None:
             self._given = list(args)
             args = self._keep_nested(self._given)
@@ -102,9 +102,9 @@ class Parser(LightningArgumentParser):
             prefix = f"{key}." if key else ""
             return prefix + inner_key, problem.replace(_HERE, _HERE + prefix) + self._locate(inner_key)
         if required := _REQUIRED.search(body):
-            names = [name.removeprefix("fit.") for name in required.group(1).split(", ")]
+            names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in required.group(1).split(", ")]
             also = f", and so is {' and '.join(names[1:])}" if names[1:] else ""
-            return names[0], f"it is required{also}, and found nowhere; set it, or add the file that does with -c"
+            return names[0], f"it is required{also}, and not given; set it, or add the file that does with -c"
         if argument := _ARGUMENT.search(body):
             reason = argument.group(2).replace("expected one argument", "found no value; give one")
             return argument.group(1), reason

@@ -26,10 +26,15 @@ from typing_extensions import override
 from dpr_lightning.arguments import Parser
 from dpr_lightning.callbacks.run_recorder import RunRecorder
 from dpr_lightning.errors import NonFiniteError, UserError
+from dpr_lightning.manifest import read_json
 from dpr_lightning.modules.base import CausalLMModule
 
 COMMANDS = {"demo": ("dpr_lightning.demo.run", "train and compare SFT, continued SFT and DPR on the embedded tasks")}
 """Commands beside Trainer's: module with a ``main(args)``, and the line that ``--help`` shows."""
+
+
+_COUNTS = ("logprob_chunk_size", "score_micro_batch_size", "micro_batch_size", "num_validation_prompts")
+"""Settings that are counts, whatever the subcommand."""
 
 
 class CommandLine(LightningCLI):
@@ -41,12 +46,15 @@ class CommandLine(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="runs/run", help="One directory for all that this run writes.")
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="Directory of all that this run writes.")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own warns whenever main(args) is called from a program that has arguments itself.
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything: found {seed}; give a whole number from 0 to {2**32 - 1}")
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -60,14 +68,18 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except UserError:
-            raise
         except (MisconfigurationException, ValueError) as error:
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+            raise UserError(str(_innermost(error))) from error
         try:
+            # Now, and not when the weights are there: what its constructor refuses.
             self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.optimizer: {error}; give it a value that it takes") from error
+        except TypeError as error:
+            raise UserError(f"model.optimizer: {error}; change it") from error
+        for key, owner in (("model", self.model), ("data", self.datamodule)):
+            for name in _COUNTS:
+                count = getattr(owner, name, None)
+                if count is not None and count < 1:
+                    raise UserError(f"{key}.{name}: found {count}; give a whole number of at least 1")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -80,7 +92,10 @@ class CommandLine(LightningCLI):
         for callback in settings.callbacks or []:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run_dir / "checkpoints")
-        return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+        try:
+            return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {error}") from error
 
     def _construct(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
         """Make one object of the configuration; what its constructor refuses is refused under its key."""
@@ -90,30 +105,43 @@ class CommandLine(LightningCLI):
         except UserError:
             raise
         except (MisconfigurationException, ValueError) as error:
-            path = f"{class_type.__module__}.{class_type.__qualname__}"
-            found = [
-                (key, settings)
-                for key, node in _classes(self.config[self.subcommand])
-                if (settings := dict(node.get("init_args", Namespace()).items())) is not None
-                and node.class_path == path
-            ]
-            keys = [key for key, settings in found if settings == kwargs] or [key for key, _ in found] or [path]
-            raise UserError(f"{keys[0]}: {' '.join(str(error).split())}; change it") from error
+            key = _key_of(class_type, kwargs, self.config[self.subcommand])
+            raise UserError(f"{key}: {error}; change it") from error
 
 
-def _classes(node: Any, key: str = "") -> Iterator[tuple[str, Namespace]]:
-    """Yield key and configuration of every class below ``node``."""
+def _innermost(error: BaseException) -> BaseException:
+    """Return the refusal inside the errors that jsonargparse wraps around it, or ``error`` if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            error = cause
+        cause = cause.__cause__
+    return error
+
+
+def _key_of(class_type: type, settings: dict[str, Any], config: Namespace) -> str:
+    """Return the key of the object of ``class_type`` that is made of ``settings``."""
+    of_class = [(key, found) for key, name, found in _settings(config) if name in ("", class_type.__name__)]
+    same = [key for key, found in of_class if found == settings]
+    named = [key for key, name, _ in _settings(config) if name == class_type.__name__]
+    return (same + named + [class_type.__name__])[0]
+
+
+def _settings(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield key, name of the class (empty for a dataclass) and settings of every object below ``node``."""
     if isinstance(node, list):
         for item in node:
-            name = str(item.get("class_path", "")).rpartition(".")[2] if isinstance(item, Namespace) else ""
-            yield from _classes(item, f"{key}.{name}")
+            yield from _settings(item, f"{key}.{_class_name(item)}")
     if not isinstance(node, Namespace):
         return
-    if "class_path" in node:
-        yield key, node
-        node = node.get("init_args", Namespace())
-    for name, value in vars(node).items():
-        yield from _classes(value, f"{key}.{name}" if key else name)
+    inner = node.get("init_args", Namespace()) if "class_path" in node else node
+    yield key, _class_name(node), dict(vars(inner))
+    for name, value in vars(inner).items():
+        yield from _settings(value, f"{key}.{name}" if key else name)
+
+
+def _class_name(node: Any) -> str:
+    return str(node.get("class_path", "")).rpartition(".")[2] if isinstance(node, Namespace) else ""
 
 
 def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
@@ -140,14 +168,25 @@ def check_run_dir(run_dir: Path, *, is_new: bool) -> None:
     Raises:
         UserError: With what to do.
     """
-    existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
+    try:
+        existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
+    except OSError as error:
+        raise UserError(f"run_dir: '{run_dir}' is no usable path ({error.strerror}); choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
-    if is_new and (run_dir / "config.yaml").exists():
+    if is_new and (run_dir / "config.yaml").exists() and not _failed_at_once(run_dir / "run.json"):
         raise UserError(
             f"run_dir: '{run_dir}' already holds a run; continue it with --ckpt_path last, choose another --run_dir, "
             "or delete it"
         )
+
+
+def _failed_at_once(record: Path) -> bool:
+    """Return whether a run ended before its first step: nothing of it is worth keeping."""
+    if not record.exists():
+        return False
+    found = read_json(record)
+    return found.get("status") == "failed" and found.get("optimizer_steps") == 0
 
 
 def packaged_configs(args: Sequence[str]) -> list[str]:

@@ -89,8 +89,8 @@ class TokenScores(_TensorBatch):
     """[B, T] float32, the same under the reference."""
     teacher_kl_BT: Tensor | None = None
     """[B, T] float32, exact KL(pi_old || pi_SFT) at that state, summed over the vocabulary."""
-    reference_kl_BT: Tensor | None = None
-    """[B, T] float32, exact KL(pi_old || pi_ref) at that state."""
+    expected_dense_BT: Tensor | None = None
+    """[B, T] float32, exact expectation over pi_old of the dense reward (clipped as the reward is) at that state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

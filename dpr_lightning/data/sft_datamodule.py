@@ -91,15 +91,6 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         return math.ceil(len(self.plan_epoch(0)) / self.trainer.accumulate_grad_batches)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the training rows; known after ``setup``.
-
-        Asking Lightning instead would make its loader before a checkpoint's state of it is there to be restored.
-        """
-        num_rows = len(self.encoded["train"])
-        return num_rows // self.global_batch_size if self.drop_last else -(-num_rows // self.global_batch_size)
-
     @override
     def prepare_data(self) -> None:
         prepare_sources(self.demonstrations)

@@ -1,13 +1,15 @@
 """The noisy generic text on which the embedded backbone is pretrained.
 
 It stands for the web: the same alphabet and problems as the tasks, several house styles, a large share of wrong
-answers, documents that break off, and text that answers nothing. Only training problems occur in it.
+answers, documents that break off, and text that answers nothing. Only training problems occur in it. A clean part
+may come first, from which the backbone learns to calculate; the noise after it teaches the distribution of the web.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import count
 
 from dpr_lightning.demo.families import LETTERS
 from dpr_lightning.demo.tasks import draw_problem, work_out
@@ -26,24 +28,26 @@ BROKEN_SHARE = 0.05
 """Share of documents that break off at some word of the answer."""
 
 
-def corpus_documents(*, seed: int) -> Iterator[str]:
+def corpus_documents(*, seed: int, num_clean: int = 0) -> Iterator[str]:
     """Yield documents without end, the same ones for the same seed.
 
     Args:
         seed: Decides every document.
+        num_clean: How many documents come first in which nothing is wrong or broken off.
     """
     rng = random.Random(f"corpus-{seed}")
-    while True:
-        yield _running_text(rng) if rng.random() < OTHER_SHARE else _answered_question(rng)
+    for index in count():
+        is_clean = index < num_clean
+        yield _running_text(rng) if rng.random() < OTHER_SHARE else _answered_question(rng, is_clean=is_clean)
 
 
-def _answered_question(rng: random.Random) -> str:
+def _answered_question(rng: random.Random, *, is_clean: bool) -> str:
     family, fields, prompt = draw_problem(rng, split="train")
-    steps, answer = work_out(family, fields, rng, is_wrong=rng.random() < WRONG_SHARE)
+    steps, answer = work_out(family, fields, rng, is_wrong=rng.random() < WRONG_SHARE and not is_clean)
     mark = ANSWER_MARK if rng.random() < 0.6 else rng.choice(OTHER_MARKS)
     last_line = f"{mark} {answer}"
     response = last_line if rng.random() < DIRECT_SHARE else f"{steps}\n{last_line}"
-    if rng.random() < BROKEN_SHARE:
+    if rng.random() < BROKEN_SHARE and not is_clean:
         words = response.split(" ")
         response = " ".join(words[: rng.randint(1, len(words))])
     return f"{prompt}\n{response}"

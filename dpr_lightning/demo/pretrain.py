@@ -1,7 +1,8 @@
 """Remakes the embedded backbone: ``python -m dpr_lightning.demo.pretrain --out DIR --seed 0``.
 
-A Llama of about half a million weights is trained from random initialisation on the noisy corpus: next-token
-prediction on whole documents, prompt and answer alike, with some tokens replaced at random. One core suffices.
+A Llama of about 0.6 million weights is trained from random initialisation: next-token prediction on whole documents,
+prompt and answer alike, first on clean ones, then on the noisy corpus with some tokens replaced at random. One core
+suffices.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from dpr_lightning.demo.corpus import corpus_documents
 from dpr_lightning.demo.tokenizer import build_tokenizer
 
 NUM_STEPS = 6000
+CLEAN_SHARE = 0.7
+"""Share of the steps, rounded up to a whole pool of batches, that see clean documents. Noise from the start costs most
+of the knowledge: at equal steps the greedy accuracy was 0.56 instead of 0.84."""
 BATCH_SIZE = 64
 PEAK_LR = 2e-3
 WARMUP_STEPS = 100
@@ -61,25 +65,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def noisy_batches(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def noisy_batches(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, num_clean_pools: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of documents of like length, without end.
 
     Args:
         tokenizer: Encodes the documents.
         seed: Seed of the documents and of the noise.
+        num_clean_pools: How many pools of 16 batches come first without wrong answers and replaced tokens.
 
     Yields:
         Right-padded ids [B, T] int64 from BOS to EOS, and their mask [B, T] bool, True on tokens that are not padding.
     """
-    documents = corpus_documents(seed=seed)
+    pool_size = BATCH_SIZE * _BATCHES_PER_POOL
+    documents = corpus_documents(seed=seed, num_clean=num_clean_pools * pool_size)
     rng = random.Random(f"noise-{seed}")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     choices = [token for token in range(len(tokenizer)) if token not in (bos, pad)]
-    while True:
-        pool = tokenizer(list(islice(documents, BATCH_SIZE * _BATCHES_PER_POOL)))["input_ids"]
+    for pool_index in count():
+        pool = tokenizer(list(islice(documents, pool_size)))["input_ids"]
+        # The random numbers drawn do not depend on the share, so the clean part does not shift the later noise.
+        noise_share = 0.0 if pool_index < num_clean_pools else NOISE_SHARE
         for ids in pool:
             for position in range(1, len(ids)):
-                if rng.random() < NOISE_SHARE:
+                if rng.random() < noise_share:
                     ids[position] = rng.choice(choices)
             if eos in ids:
                 del ids[ids.index(eos) :]
@@ -122,7 +132,8 @@ def pretrain(*, seed: int, num_steps: int = NUM_STEPS) -> tuple[LlamaForCausalLM
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
     losses: list[float] = []
-    batches = noisy_batches(tokenizer, seed=seed)
+    num_clean_pools = math.ceil(CLEAN_SHARE * num_steps / _BATCHES_PER_POOL)
+    batches = noisy_batches(tokenizer, seed=seed, num_clean_pools=num_clean_pools)
     progress = tqdm(range(num_steps), desc="pretraining", unit="step", mininterval=5.0)
     for step in progress:
         ids_BT, mask_BT = next(batches)

@@ -19,7 +19,7 @@ _PIECES = r" ?[0-9]| ?\p{L}+|\n| ?[^\s\p{L}0-9]|\s"
 
 
 def build_tokenizer(*, seed: int, num_documents: int = 4000) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on the corpus; the same seed gives the same tokenizer.
+    """Train the tokenizer on clean documents of the corpus; the same seed gives the same tokenizer.
 
     All 256 bytes are in the vocabulary, so any text survives encoding and decoding. BOS is put in front of every
     text by the post-processor; EOS is not added.
@@ -42,7 +42,8 @@ def build_tokenizer(*, seed: int, num_documents: int = 4000) -> PreTrainedTokeni
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(islice(corpus_documents(seed=seed), num_documents), trainer)
+    documents = corpus_documents(seed=seed, num_clean=num_documents)
+    tokenizer.train_from_iterator(islice(documents, num_documents), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A $B",

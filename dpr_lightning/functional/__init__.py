@@ -9,7 +9,13 @@ from dpr_lightning.functional.advantages import (
     normalize,
 )
 from dpr_lightning.functional.kl import k1, k2, k3
-from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, distribution_kls, token_logprobs
+from dpr_lightning.functional.logprobs import (
+    LMHead,
+    StateExpectations,
+    TokenLogprobs,
+    state_expectations,
+    token_logprobs,
+)
 from dpr_lightning.functional.losses import (
     ClippedPolicyLoss,
     LossOutput,
@@ -28,6 +34,7 @@ from dpr_lightning.functional.returns import (
     reward_to_go,
 )
 from dpr_lightning.functional.rewards import (
+    ClippedReward,
     DenseReward,
     DenseWithValueReward,
     Reward,
@@ -39,6 +46,7 @@ __all__ = [
     "AdvantageEstimator",
     "Advantages",
     "ClippedPolicyLoss",
+    "ClippedReward",
     "DenseReward",
     "DenseWithValueReward",
     "DiscountedReturns",
@@ -51,10 +59,10 @@ __all__ = [
     "ReturnEstimator",
     "Reward",
     "SentenceReward",
+    "StateExpectations",
     "TeacherLogprobReward",
     "TokenLogprobs",
     "WhitenedAdvantage",
-    "distribution_kls",
     "expected_reward_to_go",
     "k1",
     "k2",
@@ -68,5 +76,6 @@ __all__ = [
     "reinforce_loss",
     "reward_to_go",
     "sft_loss",
+    "state_expectations",
     "token_logprobs",
 ]

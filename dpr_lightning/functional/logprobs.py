@@ -8,7 +8,7 @@ float32 (float64 for float64 input): bfloat16 log-probabilities are too coarse f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,28 +167,50 @@ def token_logprobs(
     return TokenLogprobs(logp_N=logp_N, logsumexp_N=logsumexp_N, entropy_N=entropy_N if with_entropy else None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateExpectations:
+    """Expectations over the acting policy's whole distribution at each of N states, in nats."""
+
+    log_ratio_N: Tensor
+    """[N] float32, E[clamp(log pi_SFT(a) - log pi_ref(a))] for a drawn from pi_old."""
+    teacher_kl_N: Tensor
+    """[N] float32, KL(pi_old || pi_SFT)."""
+
+
 @torch.no_grad()
-def distribution_kls(
-    old: tuple[Tensor, LMHead], others: Sequence[tuple[Tensor, LMHead]], *, chunk_size: int = 1024
-) -> tuple[Tensor, ...]:
-    """Return the exact KL(old || other) in nats at each of N states, one [N] float32 tensor for each of ``others``.
+def state_expectations(
+    old: tuple[Tensor, LMHead],
+    teacher: tuple[Tensor, LMHead],
+    reference: tuple[Tensor, LMHead],
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    chunk_size: int = 1024,
+) -> StateExpectations:
+    """Return the exact expectation of the dense reward, and of log pi_old - log pi_SFT, at each of N states.
 
     Args:
         old: Hidden states [N, D] and output layer of the policy that acts.
-        others: The same of each other policy at the same states; D may differ, V may not.
-        chunk_size: States whose [chunk, V] logits exist at one time, once for ``old`` and once for one other.
+        teacher: The same of pi_SFT at the same states; D may differ, V may not.
+        reference: The same of pi_ref.
+        low: The log-ratio is raised to this where it lies below.
+        high: And lowered to this where it lies above.
+        chunk_size: States whose [chunk, V] logits exist at one time, once for each policy.
 
     Raises:
         ValueError: ``chunk_size`` is below 1.
     """
     _check_chunk_size(chunk_size)
-    hidden_ND, head = old
-    kls = tuple(torch.empty(hidden_ND.shape[0], dtype=_wide(hidden_ND.dtype), device=hidden_ND.device) for _ in others)
+    hidden_ND = old[0]
+    log_ratio_N = torch.empty(hidden_ND.shape[0], dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
+    teacher_kl_N = torch.empty_like(log_ratio_N)
     for start in range(0, hidden_ND.shape[0], chunk_size):
         part = slice(start, start + chunk_size)
-        old_logp_CV = head.logits(hidden_ND[part]).log_softmax(dim=-1)
+        old_logp_CV, teacher_logp_CV, reference_logp_CV = (
+            head.logits(states_ND[part]).log_softmax(dim=-1) for states_ND, head in (old, teacher, reference)
+        )
         old_prob_CV = old_logp_CV.exp()
-        for kl_N, (other_hidden_ND, other_head) in zip(kls, others, strict=True):
-            other_logp_CV = other_head.logits(other_hidden_ND[part]).log_softmax(dim=-1)
-            kl_N[part] = torch.linalg.vecdot(old_prob_CV, old_logp_CV - other_logp_CV)
-    return kls
+        ratio_CV = (teacher_logp_CV - reference_logp_CV).clamp_(low, high)
+        log_ratio_N[part] = torch.linalg.vecdot(old_prob_CV, ratio_CV)
+        teacher_kl_N[part] = torch.linalg.vecdot(old_prob_CV, old_logp_CV.sub_(teacher_logp_CV))
+    return StateExpectations(log_ratio_N=log_ratio_N, teacher_kl_N=teacher_kl_N)

@@ -80,7 +80,7 @@ class DiscountedReturns(ReturnEstimator):
 class ExpectedReturns(ReturnEstimator):
     """Undiscounted reward-to-go with every later reward replaced by its expectation (ours; ALGORITHM.md section 4).
 
-    Exact for the dense reward without clipping, with or without the KL penalty.
+    Exact for the dense reward, clipped or not, with or without the KL penalty.
     """
 
     needs_expected_reward = True

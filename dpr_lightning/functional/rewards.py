@@ -5,6 +5,7 @@ Every reward maps ``TokenScores`` to [B, T] float32, 0 outside the response.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -26,47 +27,68 @@ class Reward(ABC):
         """Return [B, T] float32 rewards, 0 outside the response."""
 
 
-def _check_clip(clip: float | None) -> None:
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive or null, got {clip}")
+class ClippedReward(Reward):
+    """A reward whose values can be limited.
+
+    Args:
+        clip_low: Values below are raised to this; None sets no limit.
+        clip_high: Values above are lowered to this; None sets no limit.
+    """
+
+    def __init__(self, clip_low: float | None = None, clip_high: float | None = None) -> None:
+        low = -math.inf if clip_low is None else clip_low
+        high = math.inf if clip_high is None else clip_high
+        if not low < high:
+            raise ValueError(f"clip_low must be below clip_high, got {clip_low} and {clip_high}")
+        self.low = low
+        self.high = high
+
+    @property
+    def is_clipped(self) -> bool:
+        """True where a limit is set."""
+        return self.low > -math.inf or self.high < math.inf
+
+    @abstractmethod
+    def unclipped(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
+        """Return [B, T] values before any limit, and [B, T] bool, True on the tokens that carry one."""
+
+    @override
+    def __call__(self, scores: TokenScores) -> Tensor:
+        value_BT, carries_BT = self.unclipped(scores)
+        return torch.where(carries_BT, value_BT.clamp(self.low, self.high), 0.0)
+
+    def clip_counts(self, scores: TokenScores) -> Tensor:
+        """Return [2] float64: how many values hit a limit, and how many there are."""
+        value_BT, carries_BT = self.unclipped(scores)
+        is_hit_BT = carries_BT & ((value_BT < self.low) | (value_BT > self.high))
+        return torch.stack([is_hit_BT.sum(), carries_BT.sum()]).double()
 
 
-class DenseReward(Reward):
+class DenseReward(ClippedReward):
     """r_hat_t = log pi_SFT(a_t|s_t) - log pi_ref(a_t|s_t), the EOS token's included (paper Eq. 5).
 
     Args:
-        clip: Limit each token's reward to [-clip, clip] nats; None leaves it as it is, as in the paper.
+        clip_low: Limit of each token's reward from below, in nats; None sets none, as in the paper.
+        clip_high: Limit from above, likewise. With 0, tokens that SFT moved away from cost, and none pays.
     """
 
-    def __init__(self, clip: float | None = None) -> None:
-        _check_clip(clip)
-        self.clip = clip
-
     @override
-    def __call__(self, scores: TokenScores) -> Tensor:
-        reward_BT = scores.teacher_logp_BT - scores.reference_logp_BT
-        if self.clip is not None:
-            reward_BT = reward_BT.clamp(-self.clip, self.clip)
-        return torch.where(scores.response_mask_BT, reward_BT, 0.0)
+    def unclipped(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
+        return scores.teacher_logp_BT - scores.reference_logp_BT, scores.response_mask_BT
 
 
-class SentenceReward(Reward):
+class SentenceReward(ClippedReward):
     """The sum of r_hat over the response, given at its last token only (paper section 5.1, SR).
 
     Args:
-        clip: Limit the sum to [-clip, clip]; None leaves it as it is. OpenRLHF uses 10.
+        clip_low: Limit of the sum from below, in nats; None sets none. OpenRLHF uses -10.
+        clip_high: Limit of the sum from above, likewise. OpenRLHF uses 10.
     """
 
-    def __init__(self, clip: float | None = None) -> None:
-        _check_clip(clip)
-        self.clip = clip
-
     @override
-    def __call__(self, scores: TokenScores) -> Tensor:
+    def unclipped(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
         sum_B = DenseReward()(scores).sum(dim=1)
-        if self.clip is not None:
-            sum_B = sum_B.clamp(-self.clip, self.clip)
-        return torch.where(last_token_mask(scores.response_mask_BT), sum_B[:, None], 0.0)
+        return sum_B[:, None].expand(scores.response_mask_BT.shape), last_token_mask(scores.response_mask_BT)
 
 
 class TeacherLogprobReward(Reward):

@@ -47,6 +47,8 @@ def locate(name_or_path: str) -> str:
 
 def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not Path(name_or_path).exists() and (Path(name_or_path).is_absolute() or len(Path(name_or_path).parts) > 2):
+        reason = "there is no such directory"
     return UserError(
         f"{what} '{name_or_path}' cannot be loaded ({reason}); give a transformers directory or a hub name that this "
         "machine can reach"

@@ -121,8 +121,9 @@ def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5)
     root = Path(teacher)
     if not (root / "final").is_dir() and not (root / "config.yaml").is_file():
         if reference is None:
+            what = "is not a run of dpr-lightning" if root.exists() else "is no directory here"
             raise UserError(
-                f"model.teacher '{teacher}' is not a run of dpr-lightning, so there is no snapshot to find: "
+                f"model.teacher '{teacher}' {what}, so there is no snapshot to find: "
                 "set model.reference to the half-training checkpoint"
             )
         directory = Path(teacher)

@@ -18,7 +18,7 @@ from dpr_lightning.functional.advantages import AdvantageEstimator, WhitenedAdva
 from dpr_lightning.functional.kl import k1
 from dpr_lightning.functional.losses import ClippedPolicyLoss, PolicyLoss
 from dpr_lightning.functional.returns import DiscountedReturns, ReturnEstimator
-from dpr_lightning.functional.rewards import DenseReward, Reward
+from dpr_lightning.functional.rewards import ClippedReward, DenseReward, Reward
 from dpr_lightning.models.policies import (
     CausalPolicy,
     FrozenPair,
@@ -112,12 +112,10 @@ class DPRModule(CausalLMModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if self.returns.needs_expected_reward and not (
-            isinstance(self.reward, DenseReward) and self.reward.clip is None
-        ):
+        if self.returns.needs_expected_reward and not isinstance(self.reward, DenseReward):
             raise UserError(
-                f"model.returns: {type(self.returns).__name__} knows the expectation of the unclipped DenseReward "
-                f"only, found model.reward {type(self.reward).__name__}; change one of the two"
+                f"model.returns: {type(self.returns).__name__} knows the expectation of DenseReward only, found "
+                f"model.reward {type(self.reward).__name__}; change one of the two"
             )
         num_samples = getattr(self.trainer.datamodule, "samples_per_prompt", 1)  # type: ignore[attr-defined]
         if self.advantage.leave_one_out and num_samples < 2:
@@ -155,7 +153,7 @@ class DPRModule(CausalLMModule):
                 reference=self.frozen_policy("reference"),
                 micro_batch_size=micro_batch_size,
                 needs_values=self.reward.needs_values,
-                needs_kls=self.returns.needs_expected_reward,
+                expectation_limits=self._expectation_limits(),
             )
 
     def build_experience(self, rollouts: RolloutBatch, *, rollout_seconds: float) -> Experience:
@@ -172,6 +170,9 @@ class DPRModule(CausalLMModule):
         )
         sums_BK = describe_rollouts(rollouts, scores, reward_BT, return_BT)
         stats = rollout_stats(self._gather(sums_BK))
+        if isinstance(self.reward, ClippedReward) and self.reward.is_clipped:
+            num_hit, num_values = self.reduce_sum(self.reward.clip_counts(scores)).tolist()
+            stats["reward/clip_share"] = num_hit / num_values
         stats |= {"return/baseline": float(advantages.mean), "return/std": float(advantages.std)}
         return Experience(
             rollouts=rollouts,
@@ -183,11 +184,17 @@ class DPRModule(CausalLMModule):
             seconds={"rollout": rollout_seconds, "score": time.perf_counter() - start},
         )
 
-    def _expected_reward(self, scores: TokenScores) -> Tensor | None:
-        """b(s) = KL(pi_old||pi_ref) - (1 + beta) KL(pi_old||pi_SFT): the expectation of r_hat - beta k1 (section 4)."""
-        if scores.reference_kl_BT is None or scores.teacher_kl_BT is None:
+    def _expectation_limits(self) -> tuple[float, float] | None:
+        if not self.returns.needs_expected_reward:
             return None
-        return scores.reference_kl_BT - (1.0 + self.kl_in_reward) * scores.teacher_kl_BT
+        assert isinstance(self.reward, DenseReward), "refused in setup"
+        return self.reward.low, self.reward.high
+
+    def _expected_reward(self, scores: TokenScores) -> Tensor | None:
+        """b(s) = E[r_hat] - beta KL(pi_old||pi_SFT): the expectation of r_hat - beta k1 at the state (section 4)."""
+        if scores.expected_dense_BT is None or scores.teacher_kl_BT is None:
+            return None
+        return scores.expected_dense_BT - self.kl_in_reward * scores.teacher_kl_BT
 
     def reduce_sum(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over all ranks."""

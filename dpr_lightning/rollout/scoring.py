@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpr_lightning.functional.collate import collate
-from dpr_lightning.functional.logprobs import distribution_kls, token_logprobs
+from dpr_lightning.functional.logprobs import state_expectations, token_logprobs
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import RolloutBatch, TokenBatch, TokenScores
@@ -56,7 +56,7 @@ def score_tokens(
     reference: CausalPolicy,
     micro_batch_size: int,
     needs_values: bool = False,
-    needs_kls: bool = False,
+    expectation_limits: tuple[float, float] | None = None,
 ) -> TokenScores:
     """Score every response token of a right-padded batch under the three policies (ALGORITHM.md section 3, step 2).
 
@@ -69,7 +69,8 @@ def score_tokens(
         reference: pi_ref, frozen.
         micro_batch_size: Rows of one forward.
         needs_values: Also return V = logsumexp of teacher and reference.
-        needs_kls: Also return the exact per-state KLs, which expected returns need.
+        expectation_limits: Also return the expectations that expected returns need, of the dense reward between these
+            limits (minus and plus infinity for none).
     """
     teacher.assert_frozen()
     reference.assert_frozen()
@@ -78,11 +79,11 @@ def score_tokens(
     order_B = length_B.argsort(descending=True, stable=True)
     fields = ["old_logp_BT", "teacher_logp_BT", "reference_logp_BT", "old_entropy_BT"]
     fields += ["teacher_value_BT", "reference_value_BT"] if needs_values else []
-    fields += ["teacher_kl_BT", "reference_kl_BT"] if needs_kls else []
+    fields += ["teacher_kl_BT", "expected_dense_BT"] if expectation_limits is not None else []
     out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
     for rows_B in order_B.split(micro_batch_size):
         micro = trim(batch, rows_B)
-        values = _score_micro_batch(micro.to(device), actor, teacher, reference, needs_values, needs_kls)
+        values = _score_micro_batch(micro.to(device), actor, teacher, reference, needs_values, expectation_limits)
         for name, values_N in values.items():
             out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
                 values_N.float().cpu(), micro.response_mask_BT
@@ -96,7 +97,7 @@ def _score_micro_batch(
     teacher: CausalPolicy,
     reference: CausalPolicy,
     needs_values: bool,
-    needs_kls: bool,
+    expectation_limits: tuple[float, float] | None,
 ) -> dict[str, Tensor]:
     """Return every wanted figure of the N response tokens of one micro-batch."""
     target_N = batch.input_ids_BT[batch.response_mask_BT]
@@ -120,10 +121,11 @@ def _score_micro_batch(
     }
     if needs_values:
         values |= {"teacher_value_BT": of_teacher.logsumexp_N, "reference_value_BT": of_reference.logsumexp_N}
-    if needs_kls:
+    if expectation_limits is not None:
+        low, high = expectation_limits
         with torch.autocast(target_N.device.type, enabled=False):
-            teacher_kl_N, reference_kl_N = distribution_kls(heads[0], heads[1:], chunk_size=actor.chunk_size)
-        values |= {"teacher_kl_BT": teacher_kl_N, "reference_kl_BT": reference_kl_N}
+            expected = state_expectations(*heads, low=low, high=high, chunk_size=actor.chunk_size)
+        values |= {"teacher_kl_BT": expected.teacher_kl_N, "expected_dense_BT": expected.log_ratio_N}
     return values
 
 

@@ -92,7 +92,7 @@ def weights(module: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", ["sft", "dpr"])
 @pytest.mark.parametrize(
-    "saving, epoch, batch, done",
+    ("saving", "epoch", "batch", "done"),
     [
         # Killed between two optimizer steps of an epoch, inside one, and before the first one of all.
         ({"every_n_train_steps": 1}, 1, 2, 3),

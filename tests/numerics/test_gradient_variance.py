@@ -41,10 +41,10 @@ def _variances(mdp: TokenMDP, seed: int) -> dict[str, float]:
     reference_PV = 0.7 * teacher_PV + mdp.policy(1000 + seed, scale=0.3)
     scores = mdp.scores(teacher_PV, teacher_PV, reference_PV)
     assert scores.teacher_kl_BT is not None
-    assert scores.reference_kl_BT is not None
+    assert scores.expected_dense_BT is not None
     assert not scores.teacher_kl_BT.any()
     dense_BT = DenseReward()(scores)
-    expected_BT = scores.reference_kl_BT - scores.teacher_kl_BT
+    expected_BT = scores.expected_dense_BT
     # Every token credited with the whole return: REINFORCE with neither reward-to-go nor baseline.
     sentence_BT = reward_to_go(SentenceReward()(scores), mdp.mask_BT, gamma=1.0)
     return {

@@ -5,6 +5,7 @@ Shapes: B all responses, T positions, P prefixes, V tokens, R responses in all p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from token_mdp import TokenMDP, gradient_of_expectation
 from torch import Tensor
 
 from dpr_lightning.functional import (
+    ClippedReward,
     DenseReward,
     DiscountedReturns,
     ExpectedReturns,
@@ -42,15 +44,16 @@ CREDITS = [
     pytest.param(DenseReward(), DiscountedReturns(), id="dense"),
     pytest.param(SentenceReward(), DiscountedReturns(), id="sentence"),
     pytest.param(DenseReward(), ExpectedReturns(), id="expected"),
+    pytest.param(DenseReward(clip_low=-1.0, clip_high=0.0), ExpectedReturns(), id="expected-clipped"),
 ]
 
 
 def _return(scores: TokenScores, reward: Reward, returns: ReturnEstimator, beta: float) -> Tensor:
     reward_BT = reward(scores) - beta * k1(scores.old_logp_BT, scores.teacher_logp_BT)
     assert scores.teacher_kl_BT is not None
-    assert scores.reference_kl_BT is not None
-    # E[r_hat - beta k1] = (KL_ref - KL_SFT) - beta KL_SFT
-    expected_BT = scores.reference_kl_BT - (1.0 + beta) * scores.teacher_kl_BT
+    assert scores.expected_dense_BT is not None
+    # E[r_hat - beta k1] = E[r_hat] - beta KL_SFT
+    expected_BT = scores.expected_dense_BT - beta * scores.teacher_kl_BT
     return returns(reward_BT, expected_BT, scores.response_mask_BT)
 
 
@@ -65,12 +68,15 @@ def _average_gradient(mdp: TokenMDP, actor_PV: Tensor, advantage_BT: Tensor, obj
     return -grad_PV
 
 
-def _exact_gradient(mdp: TokenMDP, actor_PV: Tensor, scores: TokenScores, beta: float) -> Tensor:
-    """Differentiate E[sum_t r_hat] - beta KL(pi || pi_SFT) through everything that depends on pi."""
+def _exact_gradient(
+    mdp: TokenMDP, actor_PV: Tensor, scores: TokenScores, beta: float, low: float = -math.inf, high: float = math.inf
+) -> Tensor:
+    """Differentiate E[sum_t clamp(r_hat)] - beta KL(pi || pi_SFT) through everything that depends on pi."""
     leaf_PV = actor_PV.clone().requires_grad_()
     logp_BT = mdp.logp(leaf_PV)
     penalty_B = (logp_BT - scores.teacher_logp_BT).sum(dim=1)
-    total_B = (scores.teacher_logp_BT - scores.reference_logp_BT).sum(dim=1) - beta * penalty_B
+    r_hat_BT = (scores.teacher_logp_BT - scores.reference_logp_BT).clamp(low, high)
+    total_B = r_hat_BT.sum(dim=1) - beta * penalty_B
     (grad_PV,) = torch.autograd.grad((mdp.probability(leaf_PV) * total_B).sum(), leaf_PV)
     return grad_PV
 
@@ -104,12 +110,12 @@ def test_scores_of_the_package_equal_the_tables(mdp: TokenMDP) -> None:
 @pytest.mark.parametrize(("reward", "returns"), CREDITS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_average_gradient_is_exact(
-    mdp: TokenMDP, objective: Objective, reward: Reward, returns: ReturnEstimator, beta: float
+    mdp: TokenMDP, objective: Objective, reward: ClippedReward, returns: ReturnEstimator, beta: float
 ) -> None:
     actor_PV = mdp.policy(0)
-    scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2))
+    scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2), low=reward.low, high=reward.high)
     got_PV = _average_gradient(mdp, actor_PV, _return(scores, reward, returns, beta), objective)
-    exact_PV = _exact_gradient(mdp, actor_PV, scores, beta)
+    exact_PV = _exact_gradient(mdp, actor_PV, scores, beta, reward.low, reward.high)
     assert exact_PV.norm() > 0.1
     torch.testing.assert_close(got_PV, exact_PV, rtol=1e-10, atol=1e-12)
 
@@ -118,10 +124,10 @@ def test_average_gradient_is_exact(
 @pytest.mark.parametrize(("reward", "returns"), CREDITS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_average_gradient_with_leave_one_out_is_exact(
-    mdp: TokenMDP, objective: Objective, reward: Reward, returns: ReturnEstimator, beta: float
+    mdp: TokenMDP, objective: Objective, reward: ClippedReward, returns: ReturnEstimator, beta: float
 ) -> None:
     actor_PV = mdp.policy(0)
-    scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2))
+    scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2), low=reward.low, high=reward.high)
     return_BT = _return(scores, reward, returns, beta)
     # Every ordered pair of responses is two samples of one prompt.
     num_sequences = len(mdp.sequences)
@@ -134,7 +140,9 @@ def test_average_gradient_with_leave_one_out_is_exact(
     leaf_PV = actor_PV.clone().requires_grad_()
     loss = objective(mdp.logp(leaf_PV)[pair_R], weight_R1 * advantage_RT, mdp.mask_BT[pair_R])
     (grad_PV,) = torch.autograd.grad(loss, leaf_PV)
-    torch.testing.assert_close(-grad_PV, _exact_gradient(mdp, actor_PV, scores, beta), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        -grad_PV, _exact_gradient(mdp, actor_PV, scores, beta, reward.low, reward.high), rtol=1e-10, atol=1e-12
+    )
     assert not torch.allclose(advantage_RT, return_BT[pair_R])
 
 
@@ -143,8 +151,8 @@ def test_subtracting_every_later_expectation_removes_the_future(mdp: TokenMDP) -
     actor_PV = mdp.policy(0)
     scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2))
     assert scores.teacher_kl_BT is not None
-    assert scores.reference_kl_BT is not None
-    centred_BT = DenseReward()(scores) - (scores.reference_kl_BT - scores.teacher_kl_BT)
+    assert scores.expected_dense_BT is not None
+    centred_BT = DenseReward()(scores) - scores.expected_dense_BT
     wrong_PV = _average_gradient(mdp, actor_PV, DiscountedReturns()(centred_BT, None, mdp.mask_BT), _reinforce)
     myopic_BT = DiscountedReturns(gamma=0.0)(DenseReward()(scores), None, mdp.mask_BT)
     myopic_PV = _average_gradient(mdp, actor_PV, myopic_BT, _reinforce)
@@ -158,9 +166,9 @@ def test_forgetting_the_penalty_in_the_expectation_is_biased(mdp: TokenMDP) -> N
     actor_PV, beta = mdp.policy(0), 0.3
     scores = mdp.scores(actor_PV, mdp.policy(1), mdp.policy(2))
     assert scores.teacher_kl_BT is not None
-    assert scores.reference_kl_BT is not None
+    assert scores.expected_dense_BT is not None
     reward_BT = DenseReward()(scores) - beta * k1(scores.old_logp_BT, scores.teacher_logp_BT)
-    return_BT = ExpectedReturns()(reward_BT, scores.reference_kl_BT - scores.teacher_kl_BT, mdp.mask_BT)
+    return_BT = ExpectedReturns()(reward_BT, scores.expected_dense_BT, mdp.mask_BT)
     wrong_PV = _average_gradient(mdp, actor_PV, return_BT, _reinforce)
     exact_PV = _exact_gradient(mdp, actor_PV, scores, beta)
     assert (wrong_PV - exact_PV).norm() > 0.02 * exact_PV.norm()

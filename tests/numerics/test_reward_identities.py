@@ -158,7 +158,7 @@ def test_the_dense_return_at_the_teacher_is_the_kl_to_the_reference(mdp: TokenMD
     teacher_PV, reference_PV = mdp.policy(1), mdp.policy(2)
     scores = mdp.scores(teacher_PV, teacher_PV, reference_PV)
     weight_B1 = mdp.probability(teacher_PV)[:, None]
-    assert scores.reference_kl_BT is not None
-    expected = masked_sum(weight_B1 * scores.reference_kl_BT, mdp.mask_BT)
+    assert scores.expected_dense_BT is not None
+    expected = masked_sum(weight_B1 * scores.expected_dense_BT, mdp.mask_BT)
     torch.testing.assert_close(masked_sum(weight_B1 * DenseReward()(scores), mdp.mask_BT), expected)
     assert expected > 0

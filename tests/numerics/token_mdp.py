@@ -9,12 +9,13 @@ Shapes: B all sequences, T positions (column 0 is the prompt), P prefixes, V tok
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dpr_lightning.functional import LMHead, distribution_kls, token_logprobs
+from dpr_lightning.functional import LMHead, state_expectations, token_logprobs
 from dpr_lightning.types import TokenScores
 
 EOS = 3
@@ -75,7 +76,15 @@ class TokenMDP:
         """Return [B, T] the value of the state in which each token was chosen, 0 outside the response."""
         return torch.where(self.mask_BT, value_P[self.prefix_BT], 0.0)
 
-    def scores(self, actor_PV: Tensor, teacher_PV: Tensor, reference_PV: Tensor) -> TokenScores:
+    def scores(
+        self,
+        actor_PV: Tensor,
+        teacher_PV: Tensor,
+        reference_PV: Tensor,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> TokenScores:
         """Score all responses with the package's own functions, logits for hidden states and the identity for head."""
         head = LMHead(weight_VD=torch.eye(NUM_TOKENS, dtype=torch.float64))
         target_N, prefix_N = self.input_ids_BT[self.mask_BT], self.prefix_BT[self.mask_BT]
@@ -83,8 +92,8 @@ class TokenMDP:
             token_logprobs(logits_PV.detach()[prefix_N], head, target_N, chunk_size=50, with_entropy=True)
             for logits_PV in (actor_PV, teacher_PV, reference_PV)
         )
-        teacher_kl_P, reference_kl_P = distribution_kls(
-            (actor_PV, head), [(teacher_PV, head), (reference_PV, head)], chunk_size=7
+        expected = state_expectations(
+            (actor_PV, head), (teacher_PV, head), (reference_PV, head), low=low, high=high, chunk_size=7
         )
         assert actor.entropy_N is not None
         return TokenScores(
@@ -95,8 +104,8 @@ class TokenMDP:
             old_entropy_BT=self._spread(actor.entropy_N),
             teacher_value_BT=self._spread(teacher.logsumexp_N),
             reference_value_BT=self._spread(reference.logsumexp_N),
-            teacher_kl_BT=self.by_state(teacher_kl_P),
-            reference_kl_BT=self.by_state(reference_kl_P),
+            teacher_kl_BT=self.by_state(expected.teacher_kl_N),
+            expected_dense_BT=self.by_state(expected.log_ratio_N),
         )
 
     def _spread(self, value_N: Tensor) -> Tensor:

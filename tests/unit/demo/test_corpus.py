@@ -21,3 +21,13 @@ def test_the_corpus_mixes_styles_and_running_text() -> None:
     assert any("\nanswer: " in document for document in documents)
     assert any("\nso it is " in document for document in documents)
     assert any(document.startswith("count: ") for document in documents)
+
+
+def test_the_clean_part_comes_first_and_ends_in_right_answers() -> None:
+    documents = list(islice(corpus_documents(seed=0, num_clean=400), 400))
+    sums = [document for document in documents if document.startswith("what is ") and " + " in document.split("?")[0]]
+    assert sums
+    for document in sums:
+        question, _, answer = document.partition("?")
+        numbers = [int(word) for word in question.removeprefix("what is ").split(" + ")]
+        assert int(answer.split()[-1]) == sum(numbers)

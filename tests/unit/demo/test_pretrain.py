@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpr_lightning import demo
 from dpr_lightning.demo.pretrain import PEAK_LR, WARMUP_STEPS, build_model, learning_rate, noisy_batches, pretrain
 from dpr_lightning.demo.tokenizer import build_tokenizer
 
@@ -36,3 +40,13 @@ def test_pretraining_repeats_itself() -> None:
     assert loss == again
     for left, right in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_the_shipped_backbone_has_the_recipes_tokenizer_and_shape() -> None:
+    shipped = Path(demo.__file__).parent / "backbone"
+    tokenizer = build_tokenizer(seed=0)
+    loaded = AutoTokenizer.from_pretrained(shipped)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(shipped)
+    expected = {name: tensor.shape for name, tensor in build_model(tokenizer).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected

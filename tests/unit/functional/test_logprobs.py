@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpr_lightning.functional import LMHead, distribution_kls, token_logprobs
+from dpr_lightning.functional import LMHead, state_expectations, token_logprobs
 
 
 def _inputs(
@@ -202,39 +203,34 @@ def test_no_tensor_outgrows_a_chunk_of_logits(chunk_size: int, dtype: torch.dtyp
     assert largest.numel == ceiling
 
 
-def test_distribution_kls_equal_torch_distributions() -> None:
+def test_state_expectations_equal_torch_distributions() -> None:
     hidden_ND, weight_VD, bias_V, _ = _inputs(seed=1)
     teacher_hidden_ND, teacher_weight_VD, _, _ = _inputs(seed=2)
-    # The other policy may have another width.
+    # The reference may have another width.
     wide_hidden_ND, wide_weight_VD, _, _ = _inputs(width=9, seed=3)
     old = (hidden_ND, LMHead(weight_VD=weight_VD, bias_V=bias_V))
-    others = [
-        (teacher_hidden_ND, LMHead(weight_VD=teacher_weight_VD, logit_softcap=2.0)),
-        (wide_hidden_ND, LMHead(weight_VD=wide_weight_VD, logit_scale=0.5)),
-        old,
-    ]
-    expected_old = torch.distributions.Categorical(logits=hidden_ND @ weight_VD.T + bias_V)
-    expected = [
-        torch.distributions.Categorical(logits=2.0 * torch.tanh(teacher_hidden_ND @ teacher_weight_VD.T / 2.0)),
-        torch.distributions.Categorical(logits=0.5 * wide_hidden_ND @ wide_weight_VD.T),
-        expected_old,
-    ]
-    for chunk_size in (1, 3, 7, 100):
-        kls = distribution_kls(old, others, chunk_size=chunk_size)
-        for kl_N, other in zip(kls, expected, strict=True):
-            want_N = torch.distributions.kl_divergence(expected_old, other)
-            torch.testing.assert_close(kl_N, want_N, rtol=1e-5, atol=1e-5)
+    teacher = (teacher_hidden_ND, LMHead(weight_VD=teacher_weight_VD, logit_softcap=2.0))
+    reference = (wide_hidden_ND, LMHead(weight_VD=wide_weight_VD, logit_scale=0.5))
+    categorical = torch.distributions.Categorical
+    of_old = categorical(logits=hidden_ND @ weight_VD.T + bias_V)
+    of_teacher = categorical(logits=2.0 * torch.tanh(teacher_hidden_ND @ teacher_weight_VD.T / 2.0))
+    of_reference = categorical(logits=0.5 * wide_hidden_ND @ wide_weight_VD.T)
+    ratio_NV = of_teacher.probs.log() - of_reference.probs.log()
+    for low, high in ((-math.inf, math.inf), (-0.7, 0.4), (-5.0, 0.0)):
+        want_N = (of_old.probs * ratio_NV.clip(low, high)).sum(dim=1)
+        for chunk_size in (1, 3, 7, 100):
+            found = state_expectations(old, teacher, reference, low=low, high=high, chunk_size=chunk_size)
+            torch.testing.assert_close(found.log_ratio_N, want_N, rtol=1e-5, atol=1e-5)
+            kl_N = torch.distributions.kl_divergence(of_old, of_teacher)
+            torch.testing.assert_close(found.teacher_kl_N, kl_N, rtol=1e-5, atol=1e-5)
 
 
-def test_distribution_kls_carry_no_gradient_and_take_no_states() -> None:
+def test_state_expectations_carry_no_gradient_and_take_no_states() -> None:
     hidden_ND, weight_VD, _, _ = _inputs()
-    (kl_N,) = distribution_kls(
-        (hidden_ND.requires_grad_(), LMHead(weight_VD=weight_VD)), [(hidden_ND, LMHead(weight_VD=2.0 * weight_VD))]
-    )
-    assert not kl_N.requires_grad
+    old = (hidden_ND.requires_grad_(), LMHead(weight_VD=weight_VD))
+    assert not state_expectations(old, old, old).log_ratio_N.requires_grad
     empty = (hidden_ND[:0], LMHead(weight_VD=weight_VD))
-    assert distribution_kls(empty, [empty])[0].shape == (0,)
-    assert distribution_kls(empty, []) == ()
+    assert state_expectations(empty, empty, empty).teacher_kl_N.shape == (0,)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
@@ -244,7 +240,7 @@ def test_chunk_size_below_one_is_refused(chunk_size: int) -> None:
         token_logprobs(hidden_ND, LMHead(weight_VD=weight_VD), target_N, chunk_size=chunk_size)
     old = (hidden_ND, LMHead(weight_VD=weight_VD))
     with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {chunk_size}"):
-        distribution_kls(old, [old], chunk_size=chunk_size)
+        state_expectations(old, old, old, chunk_size=chunk_size)
 
 
 def test_shapes_that_disagree_are_refused() -> None:

@@ -21,9 +21,9 @@ TEACHER_VALUE_BT = torch.tensor([[0.0, 8.0, 4.0, 2.0], [0.0, 0.0, 5.0, 3.0], [0.
 REFERENCE_VALUE_BT = torch.tensor([[0.0, 7.0, 1.0, 3.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
 ALL = [
     DenseReward(),
-    DenseReward(clip=0.75),
+    DenseReward(clip_low=-0.75, clip_high=0.75),
     SentenceReward(),
-    SentenceReward(clip=0.75),
+    SentenceReward(clip_low=-0.75, clip_high=0.75),
     TeacherLogprobReward(),
     DenseWithValueReward(),
     DenseWithValueReward(relative=False),
@@ -50,10 +50,10 @@ def _scores(poison: float = 0.0) -> TokenScores:
     [
         # teacher - reference: -1 + 1.5, -2 + 1, -0.5 + 2; -3 + 1, -1 + 1.25
         (DenseReward(), [[0, 0.5, -1.0, 1.5], [0, 0, -2.0, 0.25], [0, 0, 0, 0]]),
-        (DenseReward(clip=0.75), [[0, 0.5, -0.75, 0.75], [0, 0, -0.75, 0.25], [0, 0, 0, 0]]),
+        (DenseReward(clip_low=-0.75, clip_high=0.75), [[0, 0.5, -0.75, 0.75], [0, 0, -0.75, 0.25], [0, 0, 0, 0]]),
         # 0.5 - 1 + 1.5 = 1; -2 + 0.25 = -1.75: at the last token alone
         (SentenceReward(), [[0, 0, 0, 1.0], [0, 0, 0, -1.75], [0, 0, 0, 0]]),
-        (SentenceReward(clip=1.25), [[0, 0, 0, 1.0], [0, 0, 0, -1.25], [0, 0, 0, 0]]),
+        (SentenceReward(clip_low=-1.25, clip_high=1.25), [[0, 0, 0, 1.0], [0, 0, 0, -1.25], [0, 0, 0, 0]]),
         (TeacherLogprobReward(), [[0, -1.0, -2.0, -0.5], [0, 0, -3.0, -1.0], [0, 0, 0, 0]]),
         # dV: 1, 3, -1; 4, 2. r_hat + dV - next dV: 0.5+1-3, -1+3+1, 1.5-1-0; -2+4-2, 0.25+2-0
         (DenseWithValueReward(), [[0, -1.5, 3.0, 0.5], [0, 0, 0.0, 2.25], [0, 0, 0, 0]]),
@@ -104,11 +104,26 @@ def test_last_token_mask() -> None:
     )
 
 
-@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, -2.0), (math.nan, 1.0), (0.0, math.nan)])
 @pytest.mark.parametrize("kind", [DenseReward, SentenceReward])
-def test_clip_must_be_positive(kind: type[DenseReward | SentenceReward], clip: float) -> None:
-    with pytest.raises(ValueError, match="clip must be positive or null, got"):
-        kind(clip=clip)
+def test_limits_must_be_in_order(kind: type[DenseReward | SentenceReward], low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="clip_low must be below clip_high, got"):
+        kind(clip_low=low, clip_high=high)
+
+
+def test_one_sided_limit_leaves_costs_alone() -> None:
+    expected = torch.tensor([[0, 0.0, -1.0, 0.0], [0, 0, -2.0, 0.0], [0, 0, 0, 0.0]])
+    torch.testing.assert_close(DenseReward(clip_high=0.0)(_scores()), expected)
+
+
+def test_clip_counts_what_a_limit_changed() -> None:
+    # Of 5 token rewards 0.5, -1, 1.5, -2, 0.25 three lie outside [-0.75, 0.75]; of 2 sums 1, -1.75 one outside 1.25.
+    dense = DenseReward(clip_low=-0.75, clip_high=0.75)
+    assert dense.is_clipped
+    assert dense.clip_counts(_scores()).tolist() == [3, 5]
+    assert SentenceReward(clip_low=-1.25, clip_high=1.25).clip_counts(_scores()).tolist() == [1, 2]
+    assert DenseReward().clip_counts(_scores(math.nan)).tolist() == [0, 5]
+    assert not DenseReward().is_clipped
 
 
 def test_missing_values_are_our_own_mistake() -> None:

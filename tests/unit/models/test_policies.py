@@ -10,6 +10,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedModel,
@@ -73,6 +75,16 @@ def test_logp_is_the_models_own_on_either_padding_side(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_are_counted_from_the_first_token(side: str) -> None:
+    # Rotary positions hide a shift of the whole row; GPT-2's are absolute.
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).eval()
+    batch = collate(PROMPTS, RESPONSES, pad_id=0, side=side)  # type: ignore[arg-type]
+    logp_N = CausalPolicy(model)(batch).logp_N
+    torch.testing.assert_close(logp_N.detach(), torch.tensor(logp_one_by_one(model)), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_ids_are_inert(family: str, side: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     policy = CausalPolicy(tiny_model(family))
     first, second = (
@@ -83,7 +95,7 @@ def test_padding_ids_are_inert(family: str, side: str, tiny_model: Callable[...,
 
 
 @pytest.mark.parametrize(
-    "model_class, config",
+    ("model_class", "config"),
     [
         (Gemma2ForCausalLM, Gemma2Config(**small(head_dim=8, final_logit_softcapping=2.0, sliding_window=4))),
         (CohereForCausalLM, CohereConfig(**small(logit_scale=0.25))),
@@ -207,8 +219,10 @@ def test_find_frozen_pair_names_the_snapshots_that_exist(run: Path) -> None:
 
 
 def test_a_teacher_that_is_no_run_needs_a_reference(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a run of dpr-lightning.*set model\.reference"):
+    with pytest.raises(UserError, match=r"is no directory here.*set model\.reference"):
         find_frozen_pair("org/model", None)
+    with pytest.raises(UserError, match=r"is not a run of dpr-lightning.*set model\.reference"):
+        find_frozen_pair(str(tmp_path / "run" / "final"), None)
     pair = find_frozen_pair("org/model", "org/half")
     assert (pair.teacher, pair.reference, pair.manifest) == ("org/model", "org/half", None)
     # One of our directories by itself keeps what its run recorded.
@@ -242,5 +256,5 @@ def test_check_same_vocabulary(
     check(same)
     with pytest.raises(UserError, match="have different tokenizers"):
         check(retokenized)
-    with pytest.raises(UserError, match="has a vocabulary of 512 and .* one of 520"):
+    with pytest.raises(UserError, match=r"has a vocabulary of 512 and .* one of 520"):
         check(resized)

@@ -34,7 +34,7 @@ def initial_weights(module: CausalLMModule) -> PreTrainedModel:
     return load_model(module.initial_weights, module.backbone)
 
 
-@pytest.mark.parametrize("stage, global_batch_size, num_steps", [("sft", 8, 2), ("sft", 10, 3), ("dpr", 8, 2)])
+@pytest.mark.parametrize(("stage", "global_batch_size", "num_steps"), [("sft", 8, 2), ("sft", 10, 3), ("dpr", 8, 2)])
 def test_many_small_micro_batches_give_what_one_large_one_gives(
     stage: str,
     global_batch_size: int,
@@ -124,7 +124,7 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("stage", ["sft", "dpr"])
 @pytest.mark.parametrize(
-    "where, message",
+    ("where", "message"),
     [
         ("loss", r"loss became nan on rank 0 at optimizer step 1, epoch 0, micro-batch 3"),
         ("gradient", r"gradient norm became (nan|inf) on rank 0 at optimizer step 1, epoch 0, all micro-batches"),
@@ -188,7 +188,7 @@ def test_planned_steps_and_schedule(sft: Callable[..., Any], make_trainer: Calla
 
 
 @pytest.mark.parametrize(
-    "stage, settings, expected",
+    ("stage", "settings", "expected"),
     [
         ("sft", {"max_epochs": 2, "max_steps": 4}, 4),
         ("sft", {"max_epochs": None, "max_steps": 2}, 2),

@@ -212,7 +212,7 @@ def test_predict_loads_no_frozen_policy(
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"alpha": 0.0}, r"model\.alpha: found 0\.0"),
         ({"alpha": 1.0}, r"model\.alpha: found 1\.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from dpr_lightning.main import command_line
 CORE = "dpr_lightning.functional"
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dense_clipped": {"reward": {"class_path": f"{CORE}.rewards.DenseReward", "init_args": {"clip": 2.0}}},
-    "sentence": {"reward": {"class_path": f"{CORE}.rewards.SentenceReward", "init_args": {"clip": 10.0}}},
+    "dense_clipped": {"reward": {"class_path": f"{CORE}.rewards.DenseReward", "init_args": {"clip_low": -5.0, "clip_high": 0.0}}},
+    "sentence": {"reward": {"class_path": f"{CORE}.rewards.SentenceReward", "init_args": {"clip_low": -10.0, "clip_high": 10.0}}},
     "no_baseline": {"reward": {"class_path": f"{CORE}.rewards.TeacherLogprobReward"}},
     "value": {"reward": {"class_path": f"{CORE}.rewards.DenseWithValueReward"}},
     "value_literal": {
@@ -56,8 +57,8 @@ def test_every_class_is_among_the_variants() -> None:
         (advantages, advantages.AdvantageEstimator),
         (losses, losses.PolicyLoss),
     ):
-        for cls in base.__subclasses__():
-            if cls.__module__ == module.__name__:
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and issubclass(cls, base) and not inspect.isabstract(cls):
                 assert f"{cls.__module__}.{cls.__qualname__}" in named
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -93,13 +94,11 @@ def test_scores_are_those_of_independent_forwards(
         reference=reference,
         micro_batch_size=micro_batch_size,
         needs_values=True,
-        needs_kls=True,
+        expectation_limits=(-math.inf, math.inf),
     )
-    fields: dict[str, Tensor] = {
-        name: torch.zeros(rollouts.input_ids_BT.shape, dtype=torch.float64)
-        for name in ("old_logp", "teacher_logp", "reference_logp", "teacher_value", "reference_value")
-        + ("old_entropy", "teacher_kl", "reference_kl")
-    }
+    names = ["old_logp", "teacher_logp", "reference_logp", "old_entropy"]
+    names += ["teacher_value", "reference_value", "teacher_kl", "expected_dense"]
+    fields: dict[str, Tensor] = {name: torch.zeros(rollouts.input_ids_BT.shape).double() for name in names}
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         part = slice(len(prompt), len(prompt) + len(response))
         logits = [logits_one_by_one(policy.model, prompt, response) for policy in policies]
@@ -108,10 +107,14 @@ def test_scores_are_those_of_independent_forwards(
             fields[f"{name}_logp"][row, part] = torch.stack([logp_TV[t, token] for t, token in enumerate(response)])
         old = torch.distributions.Categorical(logits=logits[0])
         fields["old_entropy"][row, part] = old.entropy()
+        kls: dict[str, Tensor] = {}
         for name, logits_TV in (("teacher", logits[1]), ("reference", logits[2])):
             fields[f"{name}_value"][row, part] = logits_TV.logsumexp(dim=-1)
             other = torch.distributions.Categorical(logits=logits_TV)
-            fields[f"{name}_kl"][row, part] = torch.distributions.kl_divergence(old, other)
+            kls[name] = torch.distributions.kl_divergence(old, other)
+        fields["teacher_kl"][row, part] = kls["teacher"]
+        # E[log SFT - log ref] = KL(old || ref) - KL(old || SFT)
+        fields["expected_dense"][row, part] = kls["reference"] - kls["teacher"]
     for name, expected_BT in fields.items():
         found_BT = getattr(scores, f"{name}_BT")
         assert found_BT.dtype == torch.float32
@@ -128,7 +131,7 @@ def test_values_and_kls_are_left_out_unless_asked_for(rollouts: RolloutBatch, po
     actor, teacher, reference = policies
     scores = score_tokens(rollouts, actor=actor, teacher=teacher, reference=reference, micro_batch_size=2)
     assert scores.teacher_value_BT is scores.reference_value_BT is None
-    assert scores.teacher_kl_BT is scores.reference_kl_BT is None
+    assert scores.teacher_kl_BT is scores.expected_dense_BT is None
     assert not scores.old_logp_BT.requires_grad
     assert actor.training
     assert all(parameter.grad is None for parameter in actor.parameters())
@@ -137,7 +140,12 @@ def test_values_and_kls_are_left_out_unless_asked_for(rollouts: RolloutBatch, po
 def test_identical_policies_have_no_reward_and_no_kl(rollouts: RolloutBatch, policies: list[CausalPolicy]) -> None:
     teacher = policies[1]
     scores = score_tokens(
-        rollouts, actor=teacher, teacher=teacher, reference=teacher, micro_batch_size=2, needs_kls=True
+        rollouts,
+        actor=teacher,
+        teacher=teacher,
+        reference=teacher,
+        micro_batch_size=2,
+        expectation_limits=(-math.inf, math.inf),
     )
     assert torch.equal(scores.old_logp_BT, scores.teacher_logp_BT)
     assert float(DenseReward()(scores).abs().max()) == 0.0

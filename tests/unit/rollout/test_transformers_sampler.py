@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
 from dpr_lightning.rollout.sampler import Samples
@@ -52,7 +52,19 @@ def pick_eos(responses: list[list[int]]) -> int:
 def test_greedy_is_transformers_own_token_for_token(
     family: str, batch_size: int, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    model = tiny_model(family, tie_word_embeddings=False)
+    check_greedy(tiny_model(family, tie_word_embeddings=False), batch_size=batch_size)
+
+
+def test_greedy_with_absolute_positions() -> None:
+    # Rotary positions hide a shift of the whole row; GPT-2's are absolute.
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1
+    )
+    check_greedy(GPT2LMHeadModel(config).eval(), batch_size=10)
+
+
+def check_greedy(model: PreTrainedModel, *, batch_size: int) -> None:
     endless = greedy_one_by_one(model, max_new_tokens=20)
     eos = pick_eos(endless)
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in endless]
@@ -206,7 +218,7 @@ def test_no_prompts_give_no_samples(tiny_model: Callable[..., PreTrainedModel]) 
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, r"temperature must be 0 .* got -0\.1"),
