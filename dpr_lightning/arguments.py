@@ -108,7 +108,7 @@ class Parser(LightningArgumentParser):
         if argument := _ARGUMENT.search(body):
             reason = argument.group(2).replace("expected one argument", "found no value; give one")
             return argument.group(1), reason
-        if "parsing config" in body or "Unable to load config" in body:
+        if any(words in body for words in ("parsing config", "Unable to load config", "Unexpected config")):
             return key, self._explain_yaml(body)
         return key, _explain_value(body)
 
@@ -136,9 +136,11 @@ class Parser(LightningArgumentParser):
     def _explain_yaml(self, body: str) -> str:
         for path in self._config_files():
             try:
-                yaml.safe_load(path.read_text(encoding="utf-8"))
+                config = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 return f"'{path}' is no valid YAML ({_shorten(' '.join(str(error).split()), limit=200)}); repair it"
+            if not isinstance(config, dict):
+                return f"'{path}' holds a {type(config).__name__}, not a mapping of keys to values; repair it"
         return f"{_shorten(body, limit=200)}; repair the file"
 
     def _locate(self, key: str) -> str:

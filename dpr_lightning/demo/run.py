@@ -52,7 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "--split", choices=["validation", "test"], default="test", help="prompts to compare on; tune on validation"
     )
     parsed = parser.parse_args(args)
-    console = Console()
+    # A log file has no width; the table needs this much.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     results = []
     for seed in parsed.seeds:
         result = run_seed(parsed.run_dir / f"seed_{seed}", seed=seed, split=parsed.split, console=console)

@@ -159,7 +159,7 @@ DPR = [
     (["--model.reference=/no/such/directory"], "'/no/such/directory' cannot be loaded (there is no such directory)"),
     (["--model.alpha=0"], "model.alpha: found 0"),
     (["--model.alpha=1"], "model.alpha: found 1"),
-    (["--model.alpha=nan"], "model.alpha: found nan"),
+    (["--model.alpha=nan"], "model.alpha: found 'nan'"),
     (["--model.returns.gamma=3"], "model.returns: gamma must be in [0, 1], got 3"),
     (["--model.returns.gama=1"], "model.returns.gama: there is no such key; did you mean 'model.returns.gamma'?"),
     (["--model.loss.clip_low=2"], "model.loss: need 0 < clip_low < 1"),
@@ -251,7 +251,7 @@ def test_broken_data(sft: Refuse, tmp_path: Path, name: str, text: str, message:
     source = write(tmp_path / name, text)
     found = sft(f"--data.demonstrations.source={source}")
     assert message in found
-    assert "data.demonstrations" in found
+    assert source in found or "data.demonstrations" in found
 
 
 def test_data_missing(sft: Refuse, tmp_path: Path) -> None:

@@ -70,11 +70,11 @@ def test_the_dense_reward_of_samples_rises(sft_run: Path, make_trainer: Callable
 
     first, last = curves.stats[0], curves.stats[-1]
     assert len(curves.stats) == 12
-    # 128 responses whose summed rewards spread by about 1.1: the margin is five standard errors of the mean.
-    assert last["reward/sum_mean"] > first["reward/sum_mean"] + 0.5
-    # The teacher, which gives half of the reward, finds the samples no less likely than its own at the start.
-    assert last["logp/teacher"] > first["logp/teacher"] - 0.1
+    # Over six seeds the rise was 1.4 to 1.9; half of the smallest is four standard errors of a difference of two means
+    # of 128 responses whose summed rewards spread by 1.2 and 1.5.
+    assert last["reward/sum_mean"] > first["reward/sum_mean"] + 0.7
+    # Twice the largest distance of those seeds, and a third of the first entropy: a policy that collapsed is beyond.
     assert first["policy/teacher_kl"] == 0.0
-    assert 0.0 < last["policy/teacher_kl"] < 10.0
-    assert last["policy/entropy"] > 0.5
+    assert 0.0 < last["policy/teacher_kl"] < 20.0
+    assert last["policy/entropy"] > first["policy/entropy"] / 3
     assert max(stats["rollout/sampler_gap"] for stats in curves.stats) < 1e-3

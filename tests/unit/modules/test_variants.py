@@ -16,8 +16,12 @@ from dpr_lightning.main import command_line
 CORE = "dpr_lightning.functional"
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dense_clipped": {"reward": {"class_path": f"{CORE}.rewards.DenseReward", "init_args": {"clip_low": -5.0, "clip_high": 0.0}}},
-    "sentence": {"reward": {"class_path": f"{CORE}.rewards.SentenceReward", "init_args": {"clip_low": -10.0, "clip_high": 10.0}}},
+    "dense_clipped": {
+        "reward": {"class_path": f"{CORE}.rewards.DenseReward", "init_args": {"clip_low": -5.0, "clip_high": 0.0}}
+    },
+    "sentence": {
+        "reward": {"class_path": f"{CORE}.rewards.SentenceReward", "init_args": {"clip_low": -10.0, "clip_high": 10.0}}
+    },
     "no_baseline": {"reward": {"class_path": f"{CORE}.rewards.TeacherLogprobReward"}},
     "value": {"reward": {"class_path": f"{CORE}.rewards.DenseWithValueReward"}},
     "value_literal": {
