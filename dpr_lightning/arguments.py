@@ -30,11 +30,12 @@ _VERBATIM = "@\ue003"
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _UNKNOWN = re.compile(
     r"(?:Option|(?:Group|Subcommand) '(?P<parent>[\w.]+)' does not accept option) '(?P<key>[^']+)'"
-    r"|unrecognized arguments: (?P<argument>\S+)"
+    r"|unrecognized arguments: ?(?P<argument>\S*)"
 )
 _REQUIRED = re.compile(r"following arguments are required: (.+)")
 _ARGUMENT = re.compile(r"^argument (?:-\S+/)?-*([\w.+-]+): (.+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']*)': (.+?)(?= - | Given value|$)")
+_NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
 _IMPORT = re.compile(r"Expected a dot import path string: (\S+)")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*?)\] Errors:")
 _EXPECTED = re.compile(r"Expected a (<class '[\w.]+'>|[\w.]+\[[^\]]*\])")
@@ -66,7 +67,10 @@ class Parser(LightningArgumentParser):
         if args is not None:
             self._given = list(args)
             args = self._keep_nested(self._given)
-        return super().parse_args(args, *rest, **kwargs)
+        try:
+            return super().parse_args(args, *rest, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"Problems parsing config: {error}", error)
 
     @override
     def parse_object(self, cfg_obj: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -79,7 +83,9 @@ class Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        key, problem = self._explain(" ".join(str(message).replace(_VERBATIM, "").split()))
+        for mark in (_VERBATIM, _VERBATIM.encode("unicode_escape").decode()):
+            message = str(message).replace(mark, "")
+        key, problem = self._explain(" ".join(message.split()))
         if getattr(self, "_inner_parser", False):
             raise UserError(f"\x00{key}\x01{problem}\x02") from ex
         problem = problem.replace(_HERE, "")
@@ -108,7 +114,9 @@ class Parser(LightningArgumentParser):
         if argument := _ARGUMENT.search(body):
             reason = argument.group(2).replace("expected one argument", "found no value; give one")
             return argument.group(1), reason
-        if any(words in body for words in ("parsing config", "Unable to load config", "Unexpected config")):
+        if value := _NO_CONFIG.search(body):
+            return key, f"found '{value.group(1)}'; set the keys below it, or give a YAML file of them"
+        if "parsing config" in body or "Unexpected config" in body:
             return key, self._explain_yaml(body)
         return key, _explain_value(body)
 
@@ -149,7 +157,7 @@ class Parser(LightningArgumentParser):
         if any(arg.startswith("--") and arg.partition("=")[0].endswith(leaf) for arg in self._given):
             return ""
         for path in reversed(self._config_files()):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
                 if re.search(rf"(?:^|[\s{{,-])['\"]?{re.escape(leaf)}['\"]?\+?\s*:", line):
                     return f" ({path} line {number})"
         return ""

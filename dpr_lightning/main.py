@@ -33,8 +33,15 @@ COMMANDS = {"demo": ("dpr_lightning.demo.run", "train and compare SFT, continued
 """Commands beside Trainer's: module with a ``main(args)``, and the line that ``--help`` shows."""
 
 
-_COUNTS = ("logprob_chunk_size", "score_micro_batch_size", "micro_batch_size", "num_validation_prompts")
-"""Settings that are counts, whatever the subcommand."""
+_SMALLEST = {
+    "logprob_chunk_size": 1,
+    "score_micro_batch_size": 1,
+    "micro_batch_size": 1,
+    "num_validation_prompts": 1,
+    "seed": 0,
+    "prediction_seed": 0,
+}
+"""Smallest value of settings of the model or the data that every subcommand uses."""
 
 
 class CommandLine(LightningCLI):
@@ -75,11 +82,12 @@ class CommandLine(LightningCLI):
             self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except TypeError as error:
             raise UserError(f"model.optimizer: {error}; change it") from error
-        for key, owner in (("model", self.model), ("data", self.datamodule)):
-            for name in _COUNTS:
-                count = getattr(owner, name, None)
-                if count is not None and count < 1:
-                    raise UserError(f"{key}.{name}: found {count}; give a whole number of at least 1")
+        owners = (self.model, self.datamodule, getattr(self.datamodule, "demonstrations", None))
+        for key, owner in zip(("model", "data", "data.demonstrations"), owners, strict=True):
+            for name, smallest in _SMALLEST.items():
+                value = getattr(owner, name, None)
+                if value is not None and value < smallest:
+                    raise UserError(f"{key}.{name}: found {value}; give a whole number of at least {smallest}")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -158,7 +166,8 @@ def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
                 f"ckpt_path: found '{ckpt_path}', but '{run_dir / 'checkpoints'}' holds no checkpoint; set run_dir to "
                 "the run that you mean, or leave ckpt_path out and begin anew"
             )
-    elif not Path(str(ckpt_path)).exists():
+    # A sharded checkpoint is a directory.
+    elif not Path(str(ckpt_path)).is_file() and not (Path(str(ckpt_path)) / "meta.pt").is_file():
         raise UserError(f"ckpt_path: no file '{ckpt_path}'; give an existing checkpoint, or 'last'")
 
 
@@ -168,6 +177,8 @@ def check_run_dir(run_dir: Path, *, is_new: bool) -> None:
     Raises:
         UserError: With what to do.
     """
+    if run_dir == Path():
+        raise UserError("run_dir: found the working directory itself; give a directory of its own, such as runs/sft")
     try:
         existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
     except OSError as error:

@@ -17,8 +17,8 @@ from dpr_lightning.evaluation.statistics import Estimate, bootstrap_interval, pa
 Result = Mapping[str, Any]
 """What ``report.json`` holds for one seed."""
 
-PROTOCOL_TEMPERATURE = "0.7"
-"""Where answers are sampled for win rates (ALGORITHM.md section 7)."""
+POLICIES = ("SFT", "SFT continued", "DPR")
+"""In the order of the tables; JSON keeps none."""
 
 
 def measure(
@@ -69,10 +69,9 @@ def print_report(result: Result, run_dir: Path, console: Console) -> None:
     table = Table(title=title)
     for column in ("temperature", "policy", "accuracy", "win rate vs SFT", "n", "length", "truncated"):
         table.add_column(column, justify="left" if column == "policy" else "right")
-    temperatures = list(next(iter(result["policies"].values())))
-    for temperature in temperatures:
-        for name, by_temperature in result["policies"].items():
-            row = by_temperature[temperature]
+    for temperature in sorted(result["policies"]["SFT"], key=float):
+        for name in POLICIES:
+            row = result["policies"][name][temperature]
             table.add_row(
                 temperature,
                 name,
@@ -109,24 +108,23 @@ def print_report(result: Result, run_dir: Path, console: Console) -> None:
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
     """Return, by temperature, each policy's mean accuracy and DPR's paired differences over seeds (Student's t)."""
-    policies = list(results[0]["policies"])
     by_temperature = {}
-    for temperature in results[0]["policies"][policies[0]]:
+    for temperature in sorted(results[0]["policies"]["SFT"], key=float):
         accuracy = {
             name: [result["policies"][name][temperature]["accuracy"]["value"] for result in results]
-            for name in policies
+            for name in POLICIES
         }
         differences = {
             f"DPR - {name}": {
                 **asdict(paired_difference(accuracy["DPR"], accuracy[name])),
                 "seeds_ahead": sum(a > b for a, b in zip(accuracy["DPR"], accuracy[name], strict=True)),
             }
-            for name in policies
+            for name in POLICIES
             if name != "DPR"
         }
         win_rates = {
             name: [result["policies"][name][temperature]["win_rate"]["value"] for result in results]
-            for name in policies
+            for name in POLICIES
             if name != "SFT"
         }
         by_temperature[temperature] = {"accuracy": accuracy, "differences": differences, "win_rate": win_rates}

@@ -98,6 +98,11 @@ KEYS = [
     (["stray"], "found 'stray', which belongs to no key"),
     (["--model.warmup_ratio"], "model.warmup_ratio: found no value"),
     (["--run_dir"], "run_dir: found no value"),
+    (["--model.teacher=x"], "model.teacher: there is no such key; here are backbone"),
+    (["--model..x=1"], "model..x: there is no such key"),
+    (["--model.=1"], "model: found '1'"),
+    (["--=x"], "there is no such key"),
+    ([""], "found '', which belongs to no key"),
 ]
 
 TYPES = [
@@ -117,6 +122,11 @@ TYPES = [
     (["--model.class_path", "dpr_lightning.modules.sft.SFTModul"], "did you mean 'dpr_lightning.modules.sft.SFTModule"),
     (["--data.template", "dpr_lightning.data.templates.TxtTemplate"], "did you mean 'dpr_lightning.data.templates.Tex"),
     ([f"--trainer.callbacks+={CALLBACKS}hf_export.HFExprt"], f"did you mean '{CALLBACKS}hf_export.HFExport'?"),
+    (["--model=null"], "model: it is required"),
+    (["--model.optimizer=null"], "model.optimizer: found 'None'"),
+    (["--model.backbone=null"], "model.backbone: found 'null'; set the keys below it"),
+    (["--model.init_args=null"], "model: found 'null'; give the class_path of a CausalLMModule"),
+    (["--data.template.prompt={prompt}"], "data.template: found '{prompt}'; give the class_path of a PromptTemplate"),
     (["--trainer.callbacks.directory"], "trainer.callbacks.directory: found no value"),
 ]
 
@@ -145,6 +155,17 @@ VALUES = [
     (["--trainer.accumulate_grad_batches=5"], "trainer.accumulate_grad_batches: found 5"),
     (["--ckpt_path=last"], "ckpt_path: found 'last', but"),
     (["--ckpt_path=none.ckpt"], "ckpt_path: no file 'none.ckpt'"),
+    (["--ckpt_path="], "ckpt_path: no file ''"),
+    (["--ckpt_path=configs"], "ckpt_path: no file 'configs'"),
+    (["--run_dir="], "run_dir: found the working directory itself"),
+    (["--data.seed=-1"], "data.seed: found -1"),
+    (["--data.demonstrations.seed=-1"], "data.demonstrations.seed: found -1"),
+    (["--model.prediction_seed=-1"], "model.prediction_seed: found -1"),
+    (["--trainer.max_time=00:00"], "trainer: `Timer(duration='00:00')` is not a valid duration"),
+    (["--trainer.enable_checkpointing=false"], "trainer: Trainer was configured with `enable_checkpointing=False`"),
+    (["--trainer.accelerator=cuda", "--trainer.devices=99"], "trainer: "),
+    (["--data.demonstrations.columns.promt=q"], "data.demonstrations.columns: unknown key 'promt'"),
+    (["--data.demonstrations.columns.prompt=q"], "data.demonstrations.columns: no column 'q' for prompt"),
 ]
 
 
@@ -222,6 +243,13 @@ def test_unknown_key_in_a_file(sft: Refuse, tmp_path: Path, text: str, message: 
 def test_file_that_is_no_configuration(sft: Refuse, tmp_path: Path, text: str) -> None:
     overlay = write(tmp_path / "overlay.yaml", text)
     assert overlay in sft("-c", overlay)
+
+
+def test_file_that_is_no_text(sft: Refuse, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_bytes(b"\xff\xfe\x00")
+    assert f"'{overlay}' is no valid YAML" in sft("-c", str(overlay))
+    assert "config" in sft("-c", str(tmp_path))
 
 
 def test_configuration_file_missing(sft: Refuse, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from dpr_lightning.manifest import read_json, read_manifest, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT_STEPS = 6
-"""24 rows, 6 held out for validation and 6 for test; 12 rows in batches of 4, two epochs."""
+"""12 rows in batches of 4, two epochs."""
 DPR_STEPS = 4
 """8 prompts in batches of 4, two epochs."""
+NUM_TEST = 5
 
 
 class Kill(Callback):
@@ -47,18 +47,17 @@ class Commands:
 
     root: Path
     model_dir: Path
-    source: str
 
     def sft(self, run_dir: str = "sft") -> list[str]:
         return [
             *self._files("sft"),
             f"--model.backbone.name_or_path={self.model_dir}",
             f"--run_dir={self.root / run_dir}",
-            f"--data.demonstrations.source={self.source}",
+            f"--data.demonstrations.source={self.root / 'train.jsonl'}",
+            f"--data.demonstrations.validation_source={self.root / 'validation.jsonl'}",
+            f"--data.demonstrations.test_source={self.root / 'test.jsonl'}",
             "--data.demonstrations.preset=prompt_response",
             "--data.demonstrations.subsample=null",
-            "--data.demonstrations.validation_fraction=0.25",
-            "--data.demonstrations.test_fraction=0.25",
             "--data.global_batch_size=4",
             "--data.micro_batch_size=2",
             "--trainer.max_epochs=2",
@@ -92,10 +91,11 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def commands(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, demonstrations_file: str
-) -> Commands:
-    commands = Commands(root=tmp_path_factory.mktemp("runs"), model_dir=tiny_model_dir, source=demonstrations_file)
+def commands(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Commands:
+    commands = Commands(root=tmp_path_factory.mktemp("runs"), model_dir=tiny_model_dir)
+    for first, split, num_rows in ((0, "train", 12), (100, "validation", 3), (200, "test", NUM_TEST)):
+        rows = [{"prompt": f"{n} and {n}", "response": "ok " * (1 + n % 5)} for n in range(first, first + num_rows)]
+        (commands.root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["fit", *commands.sft()])
     main(["fit", *commands.dpr()])
     return commands
@@ -179,11 +179,9 @@ def test_predict_answers_the_test_rows(commands: Commands, stage: str) -> None:
     main(["predict", *getattr(commands, stage)(), "--ckpt_path=last"])
     path = commands.root / stage / "predictions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    source = [json.loads(line) for line in Path(commands.source).read_text().splitlines()]
-    assert len(rows) == 6
-    assert len({row["row"] for row in rows}) == 6
+    assert [row["row"] for row in rows] == list(range(1, NUM_TEST + 1))
+    assert [row["prompt"] for row in rows] == [f"{n} and {n}" for n in range(200, 200 + NUM_TEST)]
     for row in rows:
-        assert row["prompt"] == source[row["row"] - 1]["prompt"]
         assert isinstance(row["response"], str)
         assert 1 <= row["num_tokens"] <= 5
         assert row["is_truncated"] in (True, False)
@@ -227,32 +225,38 @@ def test_packaged_configs_and_backbone_are_found_from_anywhere(
     assert read_manifest(commands.root / "tiny" / "final")["initial_weights"] == "dpr_lightning/demo/backbone"
 
 
-HELP: list[tuple[Callable[[], list[str]], str]] = [
-    (lambda: [sys.executable, str(ROOT / "cli.py"), "--help"], "demo"),
-    (lambda: [str(Path(sys.executable).parent / "dpr-lightning"), "--help"], "demo"),
-    (lambda: [sys.executable, str(ROOT / "cli.py"), "fit", "--help"], "--run_dir"),
-    (lambda: [sys.executable, str(ROOT / "cli.py"), "demo", "--help"], "--seeds"),
-]
-
-
-@pytest.mark.parametrize(("command", "expected"), HELP, ids=["checkout", "script", "fit", "demo"])
-def test_help(command: Callable[[], list[str]], expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["checkout", "script"])
+def test_help_of_the_program(program: str, tmp_path: Path) -> None:
+    command = {
+        "checkout": [sys.executable, str(ROOT / "cli.py")],
+        "script": [str(Path(sys.executable).parent / "dpr-lightning")],
+    }[program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(), capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(
+        [*command, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert expected in done.stdout
     assert done.stderr == ""
+    assert "demo (train and compare" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("command", "expected"), [("fit", "--run_dir"), ("predict", "--run_dir"), ("demo", "--seeds")])
+def test_help_of_a_command(command: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main([command, "--help"])
+    assert status.value.code == 0
+    assert expected in capsys.readouterr().out
 
 
 def test_output_is_quiet(commands: Commands, tmp_path: Path) -> None:
     """Only what concerns this run: no advertisement, no warning about a library's own use of another, no idle bar."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    args = [*commands.sft(str(tmp_path / "quiet")), "--data.demonstrations.validation_fraction=0"]
+    args = [*commands.sft(str(tmp_path / "quiet")), "--data.demonstrations.validation_source=null"]
     command = [sys.executable, str(ROOT / "cli.py"), "fit", *args, "--trainer.max_epochs=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    for noise in ("litlogger", "LeafSpec", "Writing model shards", "Loading weights", "across ranks is zero", "workers"):
+    for noise in ("litlogger", "LeafSpec", "model shards", "Loading weights", "across ranks is zero", "workers"):
         assert noise not in said
     assert "Warning" not in said
     assert "Final model:" in said

@@ -40,7 +40,7 @@ class Widget(Base):
         text: str = "",
         share: float = 0.0,
         inner: Inner | None = None,
-        outer: Inner = Inner(),  # noqa: B008
+        outer: Inner = Inner(),
         choices: list[float] | None = None,
         part: Base | None = None,
     ) -> None:
