@@ -51,13 +51,17 @@ def measure(
 
 
 def print_ranking(ranking: Result, console: Console) -> None:
-    """Say how well the dense reward and log pi_SFT rank the teacher's own samples."""
+    """Say how well the dense reward at each alpha, and log pi_SFT, rank the teacher's own samples."""
     console.print(
-        f"Of {ranking['dense']['num_pairs']} pairs of a right and a wrong answer to the same prompt "
-        f"({ranking['num_prompts']} validation prompts x {ranking['num_samples']} samples of the teacher, "
-        f"{ranking['accuracy']:.3f} right), the summed dense reward ranks [bold]{ranking['dense']['share']:.3f}[/bold] "
-        f"rightly; log pi_SFT alone {ranking['logp']['share']:.3f}; chance 0.500."
+        f"{ranking['num_prompts']} validation prompts x {ranking['num_samples']} samples of the teacher at temperature "
+        f"1, {ranking['accuracy']:.3f} right. Of {ranking['num_pairs']} pairs of a right and a wrong answer to one "
+        "prompt, the summed dense reward puts the right one first in this share (chance 0.5):"
     )
+    for alpha, figures in ranking["dense"].items():
+        console.print(
+            f"  alpha {alpha:<5} {figures['share']:.3f}   correlation with length {figures['length_correlation']:+.2f}"
+        )
+    console.print(f"  log pi_SFT  {ranking['logp']:.3f}")
 
 
 def print_report(result: Result, run_dir: Path, console: Console) -> None:
@@ -92,7 +96,7 @@ def print_report(result: Result, run_dir: Path, console: Console) -> None:
     console.print(f"TensorBoard:   tensorboard --logdir {run_dir}", soft_wrap=True)
     for name, what in (
         ("sft/final", "teacher"),
-        ("sft/reference/alpha_0.5", "reference"),
+        ("sft/reference", "references"),
         ("dpr/final", "policy"),
         ("continued/final", "control"),
     ):
@@ -133,7 +137,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
         "split": results[0]["split"],
         "num_prompts": results[0]["num_prompts"],
         "num_samples": results[0]["num_samples"],
-        "ranking": [result["ranking"]["dense"]["share"] for result in results],
+        "ranking": [result["ranking"] for result in results],
         "temperatures": by_temperature,
     }
 

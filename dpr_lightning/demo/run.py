@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
@@ -32,11 +33,15 @@ from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
 from dpr_lightning.types import SamplingConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_DEMONSTRATIONS = 6400
+NUM_DEMONSTRATIONS = 5120
+SLIP_SHARE = 0.15
+"""Share of demonstrations with a wrong result, as people's have: imitation alone has a ceiling there."""
 NUM_VALIDATION = 200
 NUM_TEST = 500
 NUM_SAMPLES = 4
 """Responses to each test prompt above temperature 0."""
+NUM_RANKED = 8
+"""Samples of the teacher to each validation prompt for the ranking diagnostic."""
 TEMPERATURES = (0.0, 0.7, 1.0)
 SAMPLING = SamplingConfig(max_new_tokens=40, batch_size=512)
 FORWARD, FORWARD_BACKWARD, NUM_SCORED = 1, 3, 3
@@ -84,13 +89,13 @@ def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[
     data = [f"--data.demonstrations.source={run_dir / 'data' / 'train.jsonl'}"]
     data.append(f"--data.demonstrations.validation_source={held_out['validation']}")
 
-    console.rule(f"[bold]1/5 SFT, reference at half (seed {seed})")
+    console.rule(f"[bold]1/5 SFT, with references on the way (seed {seed})")
     _fit("sft", ["sft"], run_dir / "sft", seed, data)
-    sft, reference = run_dir / "sft" / "final", run_dir / "sft" / "reference" / "alpha_0.5"
+    sft = run_dir / "sft" / "final"
 
     console.rule("[bold]2/5 Before any RL: does the dense reward know right from wrong?")
     prompts = {name: _load(path, sft) for name, path in held_out.items()}
-    ranking = _rank(sft, reference, prompts["validation"], seed)
+    ranking = _rank(run_dir / "sft", prompts["validation"], seed)
     report.print_ranking(ranking, console)
 
     console.rule("[bold]3/5 Dense-Path REINFORCE")
@@ -123,7 +128,10 @@ def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[
 def _write_data(directory: Path, seed: int) -> dict[str, Path]:
     """Write demonstrations and held-out tasks; return the held-out files by split. The seed changes demonstrations."""
     directory.mkdir(parents=True)
-    write_jsonl(make_rows(num_rows=NUM_DEMONSTRATIONS, seed=seed, split="train"), directory / "train.jsonl")
+    write_jsonl(
+        make_rows(num_rows=NUM_DEMONSTRATIONS, seed=seed, split="train", slip_share=SLIP_SHARE),
+        directory / "train.jsonl",
+    )
     write_jsonl(make_rows(num_rows=NUM_VALIDATION, seed=0, split="validation"), directory / "validation.jsonl")
     write_jsonl(make_rows(num_rows=NUM_TEST, seed=0, split="test"), directory / "test.jsonl")
     return {split: directory / f"{split}.jsonl" for split in ("validation", "test")}
@@ -146,27 +154,33 @@ def _load(path: Path, model_dir: Path) -> Prompts:
     return load_prompts(config, template=TextTemplate(), tokenizer=tokenizer)["train"]
 
 
-def _rank(teacher: Path, reference: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
-    """How often the dense reward, and log pi_SFT, put a right answer above a wrong one to the same prompt."""
+def _rank(run_dir: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
+    """How often the dense reward at each alpha, and log pi_SFT, put a right answer above a wrong one to its prompt."""
     batch = prompts.batch(range(len(prompts)))
-    ranked = rank_teacher_samples(
-        teacher,
-        reference,
-        batch.prompt_ids,
-        batch.rows,
-        verifier=TaskVerifier(),
-        sampling=SAMPLING,
-        num_samples=8,
-        seed=seed,
-    )
-    dense = ranking_accuracy(ranked.dense_N, ranked.is_correct_N, ranked.prompt_index_N)
+    dense = {}
+    for reference in sorted((run_dir / "reference").glob("alpha_*")):
+        ranked = rank_teacher_samples(
+            run_dir / "final",
+            reference,
+            batch.prompt_ids,
+            batch.rows,
+            verifier=TaskVerifier(),
+            sampling=SAMPLING,
+            num_samples=NUM_RANKED,
+            seed=seed,
+        )
+        accuracy = ranking_accuracy(ranked.dense_N, ranked.is_correct_N, ranked.prompt_index_N)
+        correlation = float(np.corrcoef(ranked.dense_N, ranked.num_tokens_N)[0, 1])
+        dense[reference.name.removeprefix("alpha_")] = {"share": accuracy.value, "length_correlation": correlation}
+    # The teacher's samples are the same for every reference.
     logp = ranking_accuracy(ranked.logp_N, ranked.is_correct_N, ranked.prompt_index_N)
     return {
         "num_prompts": len(prompts),
-        "num_samples": 8,
+        "num_samples": NUM_RANKED,
+        "num_pairs": logp.num_pairs,
         "accuracy": float(ranked.is_correct_N.mean()),
-        "dense": {"share": dense.value, "num_pairs": dense.num_pairs},
-        "logp": {"share": logp.value, "num_pairs": logp.num_pairs},
+        "dense": dense,
+        "logp": logp.value,
     }
 
 

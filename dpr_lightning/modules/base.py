@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
@@ -92,6 +93,11 @@ class CausalLMModule(LightningModule):
         if self.policy is not None:
             return
         self.policy = load_policy(self.initial_weights, self.backbone, chunk_size=self.logprob_chunk_size)
+        model = self.policy.model
+        rank_zero_info(
+            f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
+            f"{model.dtype}"
+        )
         self.policy.train()
 
     @override
