@@ -213,6 +213,7 @@ _CHATTER = (
     "\U0001f4a1 Tip:",  # advertises other products
     "TPU available:",
     "Loading `train_dataloader` to estimate",
+    "`weights_only` was not set",
 )
 """Beginnings of Lightning's log lines that say nothing of this run."""
 _NEEDLESS_WARNINGS = (
@@ -221,6 +222,8 @@ _NEEDLESS_WARNINGS = (
     # No validation data is a choice, and a loader that serves what lies in memory wants no worker processes.
     r"Total length of `list` across ranks is zero",
     r"The '\w+_dataloader' does not have many workers",
+    # Predictions carry the number of their row.
+    r"Couldn't infer the batch indices",
 )
 
 
@@ -266,14 +269,15 @@ def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
     )
 
 
-def main(args: Sequence[str] | None = None) -> Any:
+def main(args: Sequence[str] | None = None) -> None:
     """Run one command; a mistake of the user's is one line on standard error and exit status 2."""
     arguments = list(sys.argv[1:] if args is None else args)
     quieten()
     try:
         if arguments and arguments[0] in COMMANDS:
-            return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-        return command_line(packaged_configs(arguments))
+            importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        else:
+            command_line(packaged_configs(arguments))
     except (UserError, MisconfigurationException, NonFiniteError) as error:
         sys.stderr.write(f"dpr-lightning: error: {' '.join(str(error).split())}\n")
         raise SystemExit(1 if isinstance(error, NonFiniteError) else 2) from error

@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parsed = parser.parse_args(args)
     # A log file has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 132)
     results = []
     for seed in parsed.seeds:
         result = run_seed(parsed.run_dir / f"seed_{seed}", seed=seed, split=parsed.split, console=console)

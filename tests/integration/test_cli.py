@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dpr_lightning.main import main
+from dpr_lightning.main import command_line, main
 from dpr_lightning.manifest import read_json, read_manifest, verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_dpr_logs_every_group_against_optimizer_steps(commands: Commands) -> Non
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_held_out_rows_are_evaluated(commands: Commands, stage: str, subcommand: str) -> None:
     args = getattr(commands, stage)()
-    cli = main([subcommand, *args, "--ckpt_path=last"])
+    cli = command_line([subcommand, *args, "--ckpt_path=last"])
     prefix = {"validate": "val", "test": "test"}[subcommand]
     key = {"sft": "loss", "dpr": "reward_sum"}[stage]
     assert f"{prefix}/{key}" in cli.trainer.callback_metrics

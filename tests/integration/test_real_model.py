@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dpr_lightning.main import main
+from dpr_lightning.main import command_line, main
 from dpr_lightning.manifest import read_json, read_manifest
 
 pytestmark = [
@@ -115,7 +115,7 @@ def demonstrations(num_rows: int) -> list[dict[str, str]]:
 def fit(recipe: str, run_dir: Path, *more: str) -> Any:
     files = ("base", f"recipe/{recipe}", "backbone/smollm2_135m", "hardware/cpu")
     overlays = [argument for file in files for argument in ("-c", f"configs/{file}.yaml")]
-    cli = main(["fit", *overlays, f"--run_dir={run_dir}", *more])
+    cli = command_line(["fit", *overlays, f"--run_dir={run_dir}", *more])
     # Three models and an optimizer: 2.7 GB that the test no longer needs.
     cli.model.policy = None
     if recipe == "dpr":
