@@ -90,7 +90,7 @@ def test_every_combination_parses_for_fit(parse: Any, files: tuple[Path, ...]) -
     assert config.model.init_args.backbone.name_or_path == given
     # A list in an overlay would replace base.yaml's; each recipe adds to them.
     callbacks = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
-    assert {"ModelCheckpoint", "HFExport", "Throughput", "Progress", "PredictionWriter"} <= set(callbacks)
+    assert {"RunCheckpoint", "HFExport", "Throughput", "Progress", "PredictionWriter"} <= set(callbacks)
     assert {"sft": "ReferenceSnapshot", "dpr": "RolloutTable"}[name(recipe)] in callbacks
 
 
