@@ -64,6 +64,9 @@ class HFExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("CausalLMModule", pl_module)
         path, step, planned_steps = self.path(trainer), trainer.global_step, module.planned_optimizer_steps()
+        if step == 0:
+            rank_zero_warn("No optimizer step was taken, so there is no final model to write")
+            return
         if step < planned_steps:
             rank_zero_warn(f"The run was stopped at optimizer step {step} of {planned_steps} planned")
         manifest = {**module.model_manifest(), "kind": "final", "step": step, "planned_steps": planned_steps}
