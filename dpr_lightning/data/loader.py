@@ -7,6 +7,9 @@ from typing import Any, Generic, TypeVar
 
 from lightning import Trainer
 
+from dpr_lightning.data.batching import accumulation
+from dpr_lightning.errors import UserError
+
 PlanT = TypeVar("PlanT")
 BatchT = TypeVar("BatchT")
 
@@ -78,3 +81,22 @@ def data_parallel_rank(trainer: Trainer) -> tuple[int, int]:
     if sampler_kwargs is None:
         return 1, 0
     return int(sampler_kwargs["num_replicas"]), int(sampler_kwargs["rank"])
+
+
+def set_accumulation(trainer: Trainer, *, global_batch_size: int, micro_batch_size: int) -> None:
+    """Make ``trainer`` accumulate as many micro-batches as one optimizer step has on each rank.
+
+    Raises:
+        UserError: The sizes do not divide, or the user asked for another number of micro-batches.
+    """
+    world_size, _ = data_parallel_rank(trainer)
+    derived = accumulation(
+        global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size
+    )
+    if trainer.accumulate_grad_batches not in (1, derived):
+        raise UserError(
+            f"trainer.accumulate_grad_batches: found {trainer.accumulate_grad_batches}, but data.global_batch_size "
+            f"{global_batch_size} over {world_size} ranks of micro-batches of {micro_batch_size} makes {derived}; "
+            "leave it out"
+        )
+    trainer.accumulate_grad_batches = derived

@@ -13,9 +13,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
+from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
-from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch
+from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
 from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.data.tokenization import pad_id
@@ -290,9 +290,7 @@ class RolloutDataModule(LightningDataModule):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: found {getattr(self, name)}; give a whole number of at least 1")
         world_size, _ = data_parallel_rank(trainer)
-        derived = accumulation(
-            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, world_size=world_size
-        )
+        set_accumulation(trainer, global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
         num_responses = self.prompts_per_rollout * self.samples_per_prompt
         if num_responses % self.global_batch_size or self.prompts_per_rollout % world_size:
             raise UserError(
@@ -300,12 +298,6 @@ class RolloutDataModule(LightningDataModule):
                 f"{num_responses} responses are no multiple of data.global_batch_size {self.global_batch_size}, or the "
                 f"prompts none of {world_size} ranks; change one so that they divide"
             )
-        if trainer.accumulate_grad_batches not in (1, derived):
-            raise UserError(
-                f"trainer.accumulate_grad_batches: found {trainer.accumulate_grad_batches}, but the batch sizes make "
-                f"{derived}; leave it out"
-            )
-        trainer.accumulate_grad_batches = derived
 
 
 def _tensors(batch: RolloutBatch | TokenScores) -> dict[str, Any]:

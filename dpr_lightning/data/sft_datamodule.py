@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, accumulation, plan_micro_batches
+from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import (
     CONFIG_KEY,
     DemonstrationConfig,
@@ -21,7 +21,7 @@ from dpr_lightning.data.demonstrations import (
     prepare_sources,
 )
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
-from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch
+from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
 from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate
 from dpr_lightning.data.tokenization import pad_id
@@ -108,7 +108,9 @@ class SFTDataModule(LightningDataModule):
             evaluation_split(self.prompts)
             return
         if stage == "fit":
-            self._set_accumulation()
+            set_accumulation(
+                self.trainer, global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size
+            )
         self._encode(_STAGE_SPLITS[stage])
         if stage == "fit" and self.drop_last and len(self.encoded["train"]) < self.global_batch_size:
             raise UserError(
@@ -173,21 +175,6 @@ class SFTDataModule(LightningDataModule):
             },
             "validation_prompts_seen_in_training": self.num_leaked_prompts,
         }
-
-    def _set_accumulation(self) -> None:
-        trainer = self.trainer
-        assert trainer is not None
-        world_size, _ = data_parallel_rank(trainer)
-        derived = accumulation(
-            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, world_size=world_size
-        )
-        if trainer.accumulate_grad_batches not in (1, derived):
-            raise UserError(
-                f"trainer.accumulate_grad_batches: found {trainer.accumulate_grad_batches}, but data.global_batch_size "
-                f"{self.global_batch_size} over {world_size} ranks of micro-batches of {self.micro_batch_size} makes "
-                f"{derived}; leave it out"
-            )
-        trainer.accumulate_grad_batches = derived
 
     def _encode(self, splits: tuple[SplitName, ...]) -> None:
         missing = [split for split in splits if split not in self.encoded]
