@@ -65,6 +65,15 @@ class PolicyHealth(Callback):
         self.warned: set[str] = set()
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse bounds under which Lightning would train on where this callback stops."""
+        if stage == "fit" and self.max_teacher_kl is not None and (trainer.min_epochs or trainer.min_steps):
+            raise UserError(
+                "trainer.min_epochs and trainer.min_steps: they keep a run going that PolicyHealth.max_teacher_kl "
+                "stops; leave them out, or leave max_teacher_kl out"
+            )
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         experience = running_experience(trainer)
         if experience is None:

@@ -27,9 +27,9 @@ class RolloutTable(Callback):
     """Shows rank zero's rollouts in TensorBoard: a table of samples, and histograms.
 
     The table is the text ``rollout/samples``: the responses of highest return, of lowest return, and some drawn at
-    random. The histograms are ``reward/token_hist`` (one value per response token), ``response/length_hist`` and
-    ``return/first_hist`` (one per response: its return at the first token). Other loggers than TensorBoard's get
-    nothing.
+    random. The histograms are ``reward/token_hist`` and ``advantage/token_hist`` (one value per response token),
+    ``response/length_hist`` and ``return/first_hist`` (one per response: its return at the first token). Other loggers
+    than TensorBoard's get nothing.
 
     Args:
         every_n_epochs: Show every n-th rollout batch, the first one included.
@@ -67,6 +67,9 @@ class RolloutTable(Callback):
             mask_BT = experience.rollouts.response_mask_BT
             writer.add_text("rollout/samples", table, global_step=step)
             writer.add_histogram("reward/token_hist", experience.reward_BT[mask_BT].float().cpu(), global_step=step)
+            writer.add_histogram(
+                "advantage/token_hist", experience.advantage_BT[mask_BT].float().cpu(), global_step=step
+            )
             writer.add_histogram("response/length_hist", mask_BT.sum(dim=1).cpu(), global_step=step)
             writer.add_histogram("return/first_hist", first_return(experience).cpu(), global_step=step)
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
 
 _NUMBER = re.compile(
-    # A minus is a sign only where no number or word stands before it ("3-5" is a difference).
-    r"(?P<sign>(?<![\w).])[-\u2212])?\s?\$?\s?(?P<sign_2>(?<=\$)[-\u2212])?"
+    # A minus is a sign only where no number or word stands before it ("3-5" is a difference), and where it touches the
+    # number or its dollar sign ("- 5" is an item of a list, or the end of "10 - 5").
+    r"(?P<sign>(?<![\w).])[-\u2212](?=[$.\d]))?(?:\$\s?)?(?P<sign_2>(?<=\$)[-\u2212])?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 )
 _MARK = "####"
 
 
-class Verifier(Protocol):
-    """Judges one response; any class with this call can be named in YAML by its ``class_path``."""
+class Verifier(ABC):
+    """Judges one response; a subclass can be named in YAML by its ``class_path``.
 
+    A base class and no protocol: jsonargparse holds a protocol's classes, its subclasses among them, to the very
+    annotations of the call.
+    """
+
+    @abstractmethod
     def __call__(self, row: Mapping[str, Any], response: str) -> bool:
         """Return whether ``response`` is right.
 
@@ -32,7 +39,6 @@ class Verifier(Protocol):
         Raises:
             UserError: The row lacks what the verifier compares with.
         """
-        ...
 
 
 class FinalNumber(Verifier):
@@ -92,7 +98,8 @@ def final_number(text: str) -> Decimal | None:
         return None
     match = matches[0] if mark else matches[-1]
     value = Decimal(match["digits"].replace(",", ""))
-    return -value if match["sign"] or match["sign_2"] else value
+    # Unlike ``-value``, which rounds to 28 digits.
+    return value.copy_negate() if match["sign"] or match["sign_2"] else value
 
 
 def _column(row: Mapping[str, Any], column: str) -> str:

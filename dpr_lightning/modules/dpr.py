@@ -216,8 +216,9 @@ class DPRModule(CausalLMModule):
             return
         for logger in self.trainer.loggers:
             logger.log_metrics(experience.stats, step=self.trainer.global_step)
-        # For checkpoints that watch a figure, and for the progress bar.
-        self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        # For checkpoints that watch a figure, and for the progress bar. The figures are of all ranks already; syncing
+        # changes nothing, but without it Lightning warns of each.
+        self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
     @override
     def training_step(self, batch: DPRBatch, batch_idx: int) -> Tensor:

@@ -99,3 +99,11 @@ def test_fine_tuning_without_rollouts_is_left_alone(tmp_path: Path, toy: Any, to
 def test_impossible_bounds_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"PolicyHealth.{name}: found {value}"):
         PolicyHealth(**{name: value})
+
+
+@pytest.mark.parametrize("bound", ["min_epochs", "min_steps"])
+def test_bounds_that_would_train_on_past_the_stop_are_refused(bound: str, tmp_path: Path, parts: Any) -> None:
+    with pytest.raises(UserError, match=r"they keep a run going that PolicyHealth\.max_teacher_kl stops"):
+        fit(tmp_path, PolicyHealth(max_teacher_kl=2.0), [{}, {}], parts, **{bound: 2})
+    # Warnings alone need no early end.
+    assert len(fit(tmp_path, PolicyHealth(teacher_kl_budget=2.0), [{}, {}], parts, **{bound: 2}).seen) == 4

@@ -88,7 +88,14 @@ def test_shows_rollouts_in_tensorboard(
     assert rows[2] == "| best | ask | yes&#36; | 1.500 | 0.3750 | 4 | no |"
     assert rows[3] == "| worst | a&#124;b | no | -2.000 | -1.0000 | 2 | yes |"
     histograms = {tag: events.Histograms(tag)[0].histogram_value for tag in events.Tags()["histograms"]}
-    assert set(histograms) == {"reward/token_hist", "response/length_hist", "return/first_hist"}
+    assert set(histograms) == {
+        "reward/token_hist",
+        "advantage/token_hist",
+        "response/length_hist",
+        "return/first_hist",
+    }
+    # The toy's advantages are all 0.
+    assert (histograms["advantage/token_hist"].num, histograms["advantage/token_hist"].sum) == (6, 0)
     # Six response tokens with rewards 0, 0, 0, 1.5, 0, -2; lengths 4 and 2; returns 1.5 and -2.
     assert (histograms["reward/token_hist"].num, histograms["reward/token_hist"].sum) == (6, -0.5)
     assert (histograms["response/length_hist"].num, histograms["response/length_hist"].sum) == (2, 6)

@@ -31,6 +31,13 @@ from dpr_lightning.evaluation.verifiers import ExactMatch, FinalNumber, Verifier
         ("1, 2,3", "3"),
         ("version 1.2.3", "3"),
         ("007", "7"),
+        ("The cart holds:\n- 12 apples", "12"),
+        ("so it is 10 - 5", "5"),
+        ("owes - $5", "5"),
+        ("-$ 5", "-5"),
+        ("-.5", "-0.5"),
+        # One digit more than decimal arithmetic keeps.
+        ("-12345678901234567890123456789", "-12345678901234567890123456789"),
     ],
 )
 def test_final_number(text: str, number: str) -> None:
@@ -69,6 +76,13 @@ def test_exact_match() -> None:
     assert not worked(row, "Answer: red green Answer: blue")
 
 
+class Loose(Verifier):
+    """A user's, with annotations of its own."""
+
+    def __call__(self, row, response: str):  # type: ignore[no-untyped-def]
+        return response == row["answer"]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -77,6 +91,7 @@ def test_exact_match() -> None:
             {"class_path": "dpr_lightning.evaluation.verifiers.ExactMatch", "init_args": {"column": "answer"}},
             ExactMatch,
         ),
+        ({"class_path": f"{__name__}.Loose"}, Loose),
     ],
 )
 def test_is_named_in_yaml_by_class_path(given: dict[str, object], expected: type) -> None:
