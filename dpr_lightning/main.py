@@ -29,7 +29,14 @@ from dpr_lightning.errors import NonFiniteError, UserError
 from dpr_lightning.manifest import read_json
 from dpr_lightning.modules.base import CausalLMModule
 
-COMMANDS = {"demo": ("dpr_lightning.demo.run", "train and compare SFT, continued SFT and DPR on the embedded tasks")}
+COMMANDS = {
+    "demo": ("dpr_lightning.demo.run", "train and compare SFT, continued SFT and DPR on the embedded tasks"),
+    "diagnose": ("dpr_lightning.analysis.diagnose", "before any RL: does the dense reward know better from worse?"),
+    "score": ("dpr_lightning.analysis.score", "token rewards of any responses, as a table and a page"),
+    "credit": ("dpr_lightning.analysis.credit", "does the dense reward find a corrupted token, and the better answer?"),
+    "variance": ("dpr_lightning.analysis.variance", "variance of the policy gradient by reward and return"),
+    "sweep": ("dpr_lightning.analysis.sweep", "many runs of one experiment, their results and their figures"),
+}
 """Commands beside Trainer's: module with a ``main(args)``, and the line that ``--help`` shows."""
 
 

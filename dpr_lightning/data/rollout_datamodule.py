@@ -20,7 +20,7 @@ from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, l
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
-from dpr_lightning.rollout.scoring import make_rollouts, trim
+from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, SamplingConfig, TokenScores
 
 if TYPE_CHECKING:
@@ -244,19 +244,7 @@ class RolloutDataModule(LightningDataModule):
         # The rank's responses divide into whole micro-batches (checked in setup), so there are no padding rows.
         assert PADDING_ROW not in plan.rows
         assert self.experience is not None
-        rows_B = torch.tensor(plan.rows)
-        tokens = trim(self.experience.rollouts, rows_B)
-        width = tokens.input_ids_BT.shape[1]
-        return DPRBatch(
-            input_ids_BT=tokens.input_ids_BT,
-            attention_mask_BT=tokens.attention_mask_BT,
-            response_mask_BT=tokens.response_mask_BT,
-            old_logp_BT=self.experience.scores.old_logp_BT[rows_B, :width],
-            teacher_logp_BT=self.experience.scores.teacher_logp_BT[rows_B, :width],
-            advantage_BT=self.experience.advantage_BT[rows_B, :width],
-            num_tokens=plan.num_tokens,
-            num_sequences=plan.num_sequences,
-        )
+        return self.module.make_batch(self.experience, plan)
 
     def _prompt_loader(self, prompts: Prompts, limit: int | None) -> MicroBatchLoader[list[int], PromptBatch]:
         assert self.trainer is not None

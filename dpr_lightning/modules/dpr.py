@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from dpr_lightning.data.batching import MicroBatchPlan
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
@@ -28,7 +29,7 @@ from dpr_lightning.models.policies import (
     scatter_tokens,
 )
 from dpr_lightning.modules.base import CausalLMModule
-from dpr_lightning.rollout.scoring import describe_rollouts, make_rollouts, rollout_stats, score_tokens
+from dpr_lightning.rollout.scoring import describe_rollouts, make_rollouts, rollout_stats, score_tokens, trim
 from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, TokenScores
 
 
@@ -182,6 +183,22 @@ class DPRModule(CausalLMModule):
             advantage_BT=advantages.advantage_BT,
             stats=stats,
             seconds={"rollout": rollout_seconds, "score": time.perf_counter() - start},
+        )
+
+    def make_batch(self, experience: Experience, plan: MicroBatchPlan) -> DPRBatch:
+        """Return the rows of one micro-batch of the epoch's experience, without columns that are padding in all."""
+        rows_B = torch.tensor(plan.rows)
+        tokens = trim(experience.rollouts, rows_B)
+        width = tokens.input_ids_BT.shape[1]
+        return DPRBatch(
+            input_ids_BT=tokens.input_ids_BT,
+            attention_mask_BT=tokens.attention_mask_BT,
+            response_mask_BT=tokens.response_mask_BT,
+            old_logp_BT=experience.scores.old_logp_BT[rows_B, :width],
+            teacher_logp_BT=experience.scores.teacher_logp_BT[rows_B, :width],
+            advantage_BT=experience.advantage_BT[rows_B, :width],
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
         )
 
     def _expectation_limits(self) -> tuple[float, float] | None:

@@ -91,6 +91,38 @@ def score_tokens(
     return TokenScores(response_mask_BT=batch.response_mask_BT, **out)
 
 
+@torch.no_grad()
+def policy_logprobs(
+    batch: TokenBatch, policy: CausalPolicy, *, micro_batch_size: int, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return what one frozen policy says of every response token of a right-padded batch.
+
+    Rows are scored in micro-batches of like length on the policy's device; the result lies on the batch's own.
+
+    Args:
+        batch: Prompts and responses.
+        policy: The policy to ask.
+        micro_batch_size: Rows of one forward.
+        with_entropy: Also return the entropy of the policy at the state in which each token was chosen.
+
+    Returns:
+        [B, T] float32 log-probabilities, and [B, T] float32 entropies in nats or None; both 0 outside the response.
+    """
+    policy.assert_frozen()
+    device = policy.model.device
+    logp_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32)
+    entropy_BT = torch.zeros_like(logp_BT) if with_entropy else None
+    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
+    for rows_B in order_B.split(micro_batch_size):
+        micro = trim(batch, rows_B)
+        width = micro.input_ids_BT.shape[1]
+        out = policy(micro.to(device), with_entropy=with_entropy)
+        logp_BT[rows_B, :width] = scatter_tokens(out.logp_N.float().cpu(), micro.response_mask_BT)
+        if entropy_BT is not None:
+            entropy_BT[rows_B, :width] = scatter_tokens(out.entropy_N.float().cpu(), micro.response_mask_BT)
+    return logp_BT, entropy_BT
+
+
 def _score_micro_batch(
     batch: TokenBatch,
     actor: CausalPolicy,

@@ -1,0 +1,1 @@
+"""What the dense reward says, found out without training, and experiments over many runs."""
