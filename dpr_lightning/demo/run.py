@@ -7,7 +7,6 @@ the data, strings the stages together, and measures.
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -19,11 +18,12 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
+from dpr_lightning.analysis.measure import steps_for, token_forwards
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.prompts import Prompts, load_prompts
 from dpr_lightning.data.templates import TextTemplate
 from dpr_lightning.demo import report
-from dpr_lightning.demo.tasks import make_rows, write_jsonl
+from dpr_lightning.demo.data import EmbeddedTasks
 from dpr_lightning.demo.verifier import TaskVerifier
 from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.answers import Answers, answer, rank_teacher_samples
@@ -44,8 +44,6 @@ NUM_RANKED = 8
 """Samples of the teacher to each validation prompt for the ranking diagnostic."""
 TEMPERATURES = (0.0, 0.7, 1.0)
 SAMPLING = SamplingConfig(max_new_tokens=40, batch_size=512)
-FORWARD, FORWARD_BACKWARD, NUM_SCORED = 1, 3, 3
-"""Compute of a token, in forwards: one is sampled, scored by actor, teacher and reference, and trained on."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -85,21 +83,23 @@ def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[
     if run_dir.exists():
         raise UserError(f"run_dir: '{run_dir}' holds an unfinished demo; delete it or choose another --run_dir")
     start = time.perf_counter()
-    held_out = _write_data(run_dir / "data", seed)
-    data = [f"--data.demonstrations.source={run_dir / 'data' / 'train.jsonl'}"]
-    data.append(f"--data.demonstrations.validation_source={held_out['validation']}")
+    files = _write_data(run_dir / "data", seed)
+    data = [
+        f"--data.demonstrations.source={files['train']}",
+        f"--data.demonstrations.validation_source={files['validation']}",
+    ]
 
     console.rule(f"[bold]1/5 SFT, with references on the way (seed {seed})")
     _fit("sft", ["sft"], run_dir / "sft", seed, data)
     sft = run_dir / "sft" / "final"
 
     console.rule("[bold]2/5 Before any RL: does the dense reward know right from wrong?")
-    prompts = {name: _load(path, sft) for name, path in held_out.items()}
+    prompts = {name: _load(files[name], sft) for name in ("validation", "test")}
     ranking = _rank(run_dir / "sft", prompts["validation"], seed)
     report.print_ranking(ranking, console)
 
     console.rule("[bold]3/5 Dense-Path REINFORCE")
-    _fit("dpr", ["dpr"], run_dir / "dpr", seed, [f"--model.teacher={run_dir / 'sft'}"])
+    _fit("dpr", ["rollouts", "dpr"], run_dir / "dpr", seed, [f"--model.teacher={run_dir / 'sft'}"])
     compute = _compute(run_dir)
 
     console.rule(f"[bold]4/5 SFT continued for the same compute ({compute['continued_steps']} steps)")
@@ -126,15 +126,10 @@ def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[
 
 
 def _write_data(directory: Path, seed: int) -> dict[str, Path]:
-    """Write demonstrations and held-out tasks; return the held-out files by split. The seed changes demonstrations."""
+    """Write demonstrations and held-out tasks; return the files by split. The seed changes demonstrations."""
     directory.mkdir(parents=True)
-    write_jsonl(
-        make_rows(num_rows=NUM_DEMONSTRATIONS, seed=seed, split="train", slip_share=SLIP_SHARE),
-        directory / "train.jsonl",
-    )
-    write_jsonl(make_rows(num_rows=NUM_VALIDATION, seed=0, split="validation"), directory / "validation.jsonl")
-    write_jsonl(make_rows(num_rows=NUM_TEST, seed=0, split="test"), directory / "test.jsonl")
-    return {split: directory / f"{split}.jsonl" for split in ("validation", "test")}
+    tasks = EmbeddedTasks(NUM_DEMONSTRATIONS, SLIP_SHARE, num_validation=NUM_VALIDATION, num_test=NUM_TEST)
+    return tasks(directory, seed)
 
 
 def _fit(recipe: str, overlays: Sequence[str], run_dir: Path, seed: int, extra: Sequence[str]) -> None:
@@ -185,15 +180,14 @@ def _rank(run_dir: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
 
 
 def _compute(run_dir: Path) -> dict[str, Any]:
-    """Count what DPR spent beyond SFT, and how many SFT steps that buys (a token's backward is two forwards)."""
+    """Count what DPR spent beyond SFT, and how many SFT steps that buys."""
     sft, dpr = read_json(run_dir / "sft" / "run.json"), read_json(run_dir / "dpr" / "run.json")
-    forwards = (FORWARD + NUM_SCORED) * dpr["tokens"]["rolled_out"] + FORWARD_BACKWARD * dpr["tokens"]["trained"]
-    per_step = FORWARD_BACKWARD * sft["tokens"]["trained"] / sft["optimizer_steps"]
+    forwards = token_forwards(dpr)
     return {
         "token_forwards": forwards,
         "sft_steps": sft["optimizer_steps"],
         "dpr_steps": dpr["optimizer_steps"],
-        "continued_steps": math.ceil(forwards / per_step),
+        "continued_steps": steps_for(forwards, sft),
     }
 
 

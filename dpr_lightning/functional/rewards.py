@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from dpr_lightning.types import TokenScores
 class Reward(ABC):
     """A token reward."""
 
-    needs_values: ClassVar[bool] = False
+    needs_values: bool = False
     """True where the reward uses V of teacher and reference."""
 
     @abstractmethod
@@ -78,16 +77,24 @@ class DenseReward(ClippedReward):
 
 
 class SentenceReward(ClippedReward):
-    """The sum of r_hat over the response, given at its last token only (paper section 5.1, SR).
+    """The sum of the token rewards over the response, given at its last token only (paper section 5.1, SR).
 
     Args:
         clip_low: Limit of the sum from below, in nats; None sets none. OpenRLHF uses -10.
         clip_high: Limit of the sum from above, likewise. OpenRLHF uses 10.
+        token_reward: What is summed; None is r_hat, as in the paper.
     """
+
+    def __init__(
+        self, clip_low: float | None = None, clip_high: float | None = None, token_reward: Reward | None = None
+    ) -> None:
+        super().__init__(clip_low, clip_high)
+        self.token_reward = token_reward if token_reward is not None else DenseReward()
+        self.needs_values = self.token_reward.needs_values
 
     @override
     def unclipped(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
-        sum_B = DenseReward()(scores).sum(dim=1)
+        sum_B = self.token_reward(scores).sum(dim=1)
         return sum_B[:, None].expand(scores.response_mask_BT.shape), last_token_mask(scores.response_mask_BT)
 
 

@@ -67,8 +67,9 @@ class CausalLMModule(LightningModule):
         self.policy: CausalPolicy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_metrics: dict[str, Tensor] = {}
-        self.token_counts = {"trained": 0, "rolled_out": 0}
-        """Prompt and response tokens that this rank has trained on and sampled (prompts counted with them)."""
+        self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
+        """Prompt and response tokens of this rank, prompts counted with them: trained on, sampled, and put through a
+        forward without gradient, once for each model that scored them."""
 
     @property
     def initial_weights(self) -> str:
