@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,8 +119,15 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"sweep: no file '{path}'; give an experiment such as configs/experiments/table1.yaml")
     parser = Parser(prog="dpr-lightning sweep", exit_on_error=False)
     parser.add_class_arguments(Experiment)
-    found = parser.instantiate_classes(parser.parse_path(path))
+    raw = _read_yaml(path)
+    flags = {name: _take_flags(name, spec) for name, spec in _run_specs(raw).items()}
+    found = parser.instantiate_classes(parser.parse_object(raw))
     experiment = Experiment(**{item.name: found[item.name] for item in dataclasses.fields(Experiment)})
+    experiment = dataclasses.replace(
+        experiment,
+        teacher=dataclasses.replace(experiment.teacher, **flags["teacher"]),
+        runs={name: dataclasses.replace(run, **flags[f"runs.{name}"]) for name, run in experiment.runs.items()},
+    )
     if len(set(experiment.seeds)) != len(experiment.seeds) or not experiment.seeds:
         raise UserError(f"seeds: found {experiment.seeds}; give one or more different seeds")
     if TEACHER in experiment.runs:
@@ -136,6 +142,38 @@ def read_experiment(path: Path) -> Experiment:
             if not values:
                 raise UserError(f"runs.{name}.grid.{key}: found no values; give a list")
     return experiment
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep: '{path}' is no YAML: {error}; correct it") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"sweep: '{path}' holds no mapping; give title, seeds, base, teacher, runs and evaluation")
+    # Anchors make one object of several; each is changed on its own.
+    copied: dict[str, Any] = json.loads(json.dumps(raw, default=str))
+    return copied
+
+
+def _run_specs(raw: Mapping[str, Any]) -> dict[str, Any]:
+    runs = raw.get("runs")
+    named = {f"runs.{name}": spec for name, spec in runs.items()} if isinstance(runs, dict) else {}
+    return {"teacher": raw.get("teacher"), **named}
+
+
+def _take_flags(name: str, spec: Any) -> dict[str, dict[str, Any]]:
+    """Take ``settings`` and ``grid`` out: their values are flags of ``fit``, whose classes are not made here."""
+    flags: dict[str, dict[str, Any]] = {}
+    for key in ("settings", "grid"):
+        value = spec.pop(key, None) if isinstance(spec, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{name}.{key}: found {value!r}; give flags of fit by key")
+        flags[key] = value or {}
+    for key, values in flags["grid"].items():
+        if not isinstance(values, list):
+            raise UserError(f"{name}.grid.{key}: found {values!r}; give a list of values")
+    return flags
 
 
 def plan(experiment: Experiment, root: Path, *, seeds: Sequence[int] | None = None) -> dict[str, list[Task]]:
@@ -193,14 +231,15 @@ def _task(
     fingerprint: str,
     same_compute_as: Path | None = None,
 ) -> Task:
-    slug = re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
+    # Not the name: two experiments may call the same run differently.
+    recipe = next((Path(path).stem for path in run.configs if Path(path).parent.name == "recipe"), "run")
     return Task(
         name=name,
         seed=seed,
         values=values,
         configs=[*base, *(_config(path) for path in run.configs)],
         settings={**run.settings, **{key: value for keys, value in values.items() for key in keys.split()}},
-        directory=root / "runs" / f"{slug}-{fingerprint}" / f"seed_{seed}",
+        directory=root / "runs" / f"{recipe}-{fingerprint}" / f"seed_{seed}",
         same_compute_as=same_compute_as,
     )
 

@@ -162,6 +162,7 @@ class DPRModule(CausalLMModule):
         start = time.perf_counter()
         self.token_counts["rolled_out"] += int(rollouts.attention_mask_BT.sum())
         scores = self.score(rollouts)
+        self.token_counts["scored"] += (1 + len(self.frozen)) * int(rollouts.attention_mask_BT.sum())
         mask_BT = rollouts.response_mask_BT
         penalty_BT = self.kl_in_reward * k1(scores.old_logp_BT, scores.teacher_logp_BT)
         reward_BT = torch.where(mask_BT, self.reward(scores) - penalty_BT, 0.0)
