@@ -33,7 +33,7 @@ from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
 from dpr_lightning.types import SamplingConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_DEMONSTRATIONS = 5120
+NUM_DEMONSTRATIONS = 640
 SLIP_SHARE = 0.15
 """Share of demonstrations with a wrong result, as people's have: imitation alone has a ceiling there."""
 NUM_VALIDATION = 200
