@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from lightning import Trainer
 
-from dpr_lightning.types import Experience
+from dpr_lightning.types import SampledExperience
 
 
-def running_experience(trainer: Trainer) -> Experience | None:
+def running_experience(trainer: Trainer) -> SampledExperience | None:
     """Return the running epoch's experience on this rank; None where the data are no rollouts.
 
     Lightning calls ``on_train_epoch_start`` once an epoch, after the rollout, and not again when a run resumes inside
     the epoch: there the experience is fresh.
     """
     experience = getattr(trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
-    assert experience is None or isinstance(experience, Experience)
+    assert experience is None or isinstance(experience, SampledExperience)
     return experience
 
 

@@ -22,7 +22,8 @@ class PolicyHealth(Callback):
 
     Args:
         max_len_corr: Warn when the reward of a response correlates with its length more than this, in either
-            direction. Above it, longer (or shorter) answers are the easiest way to more reward.
+            direction. Above it, longer (or shorter) answers are the easiest way to more reward. Methods without a
+            reward have no such figure.
         max_length_ratio: Warn when the mean length is more than this many times the first rollout's, or less than one
             part in this many of it.
         max_eos_drop: Warn when the share of responses that end by EOS is this much below the first rollout's.
@@ -93,7 +94,7 @@ class PolicyHealth(Callback):
             rank_zero_warn(
                 f"The run stops at optimizer step {trainer.global_step}: the KL to the teacher is "
                 f"{stats['policy/teacher_kl']:.3g} nats per response, above PolicyHealth.max_teacher_kl = "
-                f"{self.max_teacher_kl:g}; lower the learning rate or raise model.kl_in_reward to go further"
+                f"{self.max_teacher_kl:g}; lower the learning rate, or in DPR raise model.kl_in_reward, to go further"
             )
             trainer.should_stop = True
 
@@ -108,7 +109,7 @@ class PolicyHealth(Callback):
     def alarms(self, stats: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """Yield the kind of each trouble in a rollout's figures, and a sentence on it."""
         ratios = self.ratios(stats)
-        len_corr, length_ratio = stats["reward/len_corr"], ratios["response/length_ratio"]
+        len_corr, length_ratio = stats.get("reward/len_corr", 0.0), ratios["response/length_ratio"]
         if abs(len_corr) > self.max_len_corr:
             yield (
                 "len_corr",

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from dpr_lightning.callbacks.experience import running_experience
 from dpr_lightning.errors import UserError
-from dpr_lightning.types import Experience
+from dpr_lightning.types import Experience, PairExperience, SampledExperience
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.base import CausalLMModule
@@ -28,8 +28,10 @@ class RolloutTable(Callback):
 
     The table is the text ``rollout/samples``: the responses of highest return, of lowest return, and some drawn at
     random. The histograms are ``reward/token_hist`` and ``advantage/token_hist`` (one value per response token),
-    ``response/length_hist`` and ``return/first_hist`` (one per response: its return at the first token). Other loggers
-    than TensorBoard's get nothing.
+    ``response/length_hist`` and ``return/first_hist`` (one per response: its return at the first token). Where samples
+    are paired with demonstrations and have no return, they are ranked by their lead, log pi of the sample less log pi
+    of the demonstration, and ``response/length_hist`` is the only histogram. Other loggers than TensorBoard's get
+    nothing.
 
     Args:
         every_n_epochs: Show every n-th rollout batch, the first one included.
@@ -66,17 +68,19 @@ class RolloutTable(Callback):
             writer, step = logger.experiment, trainer.global_step
             mask_BT = experience.rollouts.response_mask_BT
             writer.add_text("rollout/samples", table, global_step=step)
+            writer.add_histogram("response/length_hist", mask_BT.sum(dim=1).cpu(), global_step=step)
+            if not isinstance(experience, Experience):
+                continue
             writer.add_histogram("reward/token_hist", experience.reward_BT[mask_BT].float().cpu(), global_step=step)
             writer.add_histogram(
                 "advantage/token_hist", experience.advantage_BT[mask_BT].float().cpu(), global_step=step
             )
-            writer.add_histogram("response/length_hist", mask_BT.sum(dim=1).cpu(), global_step=step)
             writer.add_histogram("return/first_hist", first_return(experience).cpu(), global_step=step)
 
-    def _table(self, experience: Experience, module: CausalLMModule, epoch: int) -> str:
+    def _table(self, experience: SampledExperience, module: CausalLMModule, epoch: int) -> str:
         rollouts = experience.rollouts
-        return_B = first_return(experience)
-        picked = pick_rows(return_B, num_rows=self.num_rows, seed=(self.seed, epoch))
+        worth, worth_B = _worth(experience)
+        picked = pick_rows(worth_B, num_rows=self.num_rows, seed=(self.seed, epoch))
         rows = []
         for index, why in picked:
             response_T = rollouts.response_mask_BT[index]
@@ -86,21 +90,28 @@ class RolloutTable(Callback):
                 str(module.tokenizer.decode(rollouts.input_ids_BT[index][mask_T].tolist(), skip_special_tokens=False))
                 for mask_T in (prompt_T, response_T)
             )
-            length = int(response_T.sum())
-            rows.append(
-                [
-                    why,
-                    escape(prompt, max_characters=self.max_characters),
-                    escape(response, max_characters=self.max_characters),
-                    f"{float(return_B[index]):.3f}",
-                    f"{float(experience.reward_BT[index][response_T].mean()):.4f}",
-                    str(length),
-                    "yes" if bool(rollouts.is_truncated_B[index]) else "no",
-                ]
-            )
-        return markdown_table(
-            ["chosen as", "prompt", "response", "return", "mean token reward", "tokens", "truncated"], rows
-        )
+            row = {
+                "chosen as": why,
+                "prompt": escape(prompt, max_characters=self.max_characters),
+                "response": escape(response, max_characters=self.max_characters),
+                worth: f"{float(worth_B[index]):.3f}",
+            }
+            if isinstance(experience, Experience):
+                row["mean token reward"] = f"{float(experience.reward_BT[index][response_T].mean()):.4f}"
+            row["tokens"] = str(int(response_T.sum()))
+            row["truncated"] = "yes" if bool(rollouts.is_truncated_B[index]) else "no"
+            rows.append(row)
+        return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _worth(experience: SampledExperience) -> tuple[str, Tensor]:
+    """Return what responses are ranked by, and [B] its values."""
+    if isinstance(experience, Experience):
+        return "return", first_return(experience)
+    assert isinstance(experience, PairExperience)
+    num_samples = len(experience.rollouts.prompt_index_B)
+    lead_P = experience.sample_logp_P - experience.demonstration_logp_P
+    return "lead over demonstration", lead_P[:num_samples].float()
 
 
 def first_return(experience: Experience) -> Tensor:

@@ -12,11 +12,33 @@ never part of a response.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+
+DataclassT = TypeVar("DataclassT")
+
+
+def pack(value: Any) -> Any:
+    """Return a dataclass of tensors, plain values and further such dataclasses as nested mappings by field name."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: pack(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def unpack(cls: type[DataclassT], packed: Mapping[str, Any]) -> DataclassT:
+    """Return the ``cls`` that :func:`pack` made ``packed`` of; keys that are no field are left alone."""
+    hints = get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value, hint = packed[field.name], hints[field.name]
+        # A field that may be None names its dataclass as one of several types.
+        inner = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        values[field.name] = value if inner is None or value is None else unpack(cast("type[Any]", inner), value)
+    return cls(**values)
 
 
 class _TensorBatch:
@@ -110,10 +132,46 @@ class DPRBatch(TokenBatch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experience:
-    """One epoch's rollouts on this rank with everything that the updates need; advantages are final."""
+class PPOBatch(DPRBatch):
+    """The same with what the critic's loss needs."""
+
+    old_value_BT: Tensor
+    """[B, T] float32, V of the critic before the updates; 0 outside the response, like the one below."""
+    return_BT: Tensor
+    """[B, T] float32, what the critic is to predict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch(TokenBatch):
+    """One micro-batch of P pairs as B = 2P rows: the demonstrations, then the samples of the same prompts in order.
+
+    A padding pair has no response token in either row.
+    """
+
+    old_logp_B: Tensor
+    """[B] float64, log pi_k of each response: the sum over its tokens under the actor as iteration k began."""
+    iteration: int
+    """k, from 0."""
+    num_pairs: int
+    """Pairs in the whole optimizer step: every micro-batch of every rank. The loss's denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledExperience:
+    """What every method keeps of one epoch's samples on this rank; subclasses add what their updates need."""
 
     rollouts: RolloutBatch
+    """This epoch's samples."""
+    stats: dict[str, float]
+    """Figures of the whole rollout batch over all ranks, by log key."""
+    seconds: dict[str, float]
+    """Wall time of this rank's ``rollout`` and ``score`` stages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience(SampledExperience):
+    """One epoch's rollouts on this rank with everything that the updates need; advantages are final."""
+
     scores: TokenScores
     reward_BT: Tensor
     """[B, T] float32, KL penalty inside where there is one; 0 outside the response, like the two below."""
@@ -121,10 +179,24 @@ class Experience:
     """[B, T] float32 reward-to-go."""
     advantage_BT: Tensor
     """[B, T] float32, baseline removed and normalised over all ranks."""
-    stats: dict[str, float]
-    """Figures of the whole rollout batch over all ranks, by log key."""
-    seconds: dict[str, float]
-    """Wall time of this rank's ``rollout`` and ``score`` stages."""
+    value_BT: Tensor | None = None
+    """[B, T] float32, the critic's V of the state in which the token was chosen; None for methods without a critic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairExperience(SampledExperience):
+    """One iteration's pairs on this rank: each sample beside the demonstration of its prompt.
+
+    Pairs are numbered through: those of ``rollouts`` first, then those of ``previous``. Demonstrations are found by
+    ``prompt_index_B`` and are not kept twice.
+    """
+
+    previous: RolloutBatch | None
+    """Samples of the iteration before that are trained on once more; None where there are none."""
+    demonstration_logp_P: Tensor
+    """[P] float64, log pi_k of each pair's demonstration, summed over its tokens."""
+    sample_logp_P: Tensor
+    """[P] float64, the same of its sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,27 +90,35 @@ def load_prompts(
     template: PromptTemplate,
     tokenizer: PreTrainedTokenizerBase,
     splits: Collection[SplitName] = ("train", "validation", "test"),
+    with_responses: Collection[SplitName] = (),
 ) -> dict[SplitName, Prompts]:
     """Return the prompts of the splits that ``config`` defines, encoded as SFT encodes them.
 
-    Responses are not needed, and rows whose response SFT could not use are kept; splits and subsample are those of
-    SFT with the same configuration.
+    Where responses are not asked for they are not needed, and rows whose response SFT could not use are kept; splits
+    and subsample are those of SFT with the same configuration.
 
     Args:
         config: The source and how it is split.
         template: Renders prompts.
         tokenizer: The model's.
         splits: Leave others out.
+        with_responses: Splits whose responses are encoded too, as SFT does; rows that it could not use are dropped and
+            counted.
 
     Raises:
         UserError: See :func:`load_demonstrations` and :func:`encode_table`.
     """
     prompts: dict[SplitName, Prompts] = {}
-    for split, table in load_demonstrations(config, needs_response=False).items():
+    for split, table in load_demonstrations(config, needs_response=bool(with_responses)).items():
         if split not in splits:
             continue
         encoded, report = encode_table(
-            table, tokenizer=tokenizer, template=template, config=config, split=split, needs_response=False
+            table,
+            tokenizer=tokenizer,
+            template=template,
+            config=config,
+            split=split,
+            needs_response=split in with_responses,
         )
         prompts[split] = Prompts(encoded, report)
     return prompts

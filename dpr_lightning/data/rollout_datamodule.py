@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
 from dpr_lightning.rollout.scoring import make_rollouts
-from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, SamplingConfig, TokenScores
+from dpr_lightning.types import Experience, RolloutBatch, SampledExperience, SamplingConfig, TokenBatch, pack, unpack
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.dpr import DPRModule
+    from dpr_lightning.modules.on_policy import OnPolicyModule
 
 
 class RolloutDataModule(LightningDataModule):
@@ -45,6 +46,9 @@ class RolloutDataModule(LightningDataModule):
         num_validation_prompts: Held-out prompts answered in each validation; None takes all.
         seed: Orders prompts and mini-batches and draws the samples.
     """
+
+    serves: ClassVar[type[SampledExperience]] = Experience
+    """What the module must make of an epoch's samples."""
 
     def __init__(
         self,
@@ -69,14 +73,14 @@ class RolloutDataModule(LightningDataModule):
         self.num_validation_prompts = num_validation_prompts
         self.seed = seed
         self.prompts: dict[SplitName, Prompts] = {}
-        self.experience: Experience | None = None
+        self.experience: SampledExperience | None = None
         self._experience_epoch = -1
 
     @property
-    def module(self) -> DPRModule:
+    def module(self) -> OnPolicyModule:
         """The module that samples and scores."""
         assert self.trainer is not None
-        return cast("DPRModule", self.trainer.lightning_module)
+        return cast("OnPolicyModule", self.trainer.lightning_module)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,25 +97,25 @@ class RolloutDataModule(LightningDataModule):
         demonstrations = self._resolve_demonstrations()
         self.demonstrations, self.template = demonstrations, self._resolve_template()
         if stage == "fit":
+            if not issubclass(getattr(self.module, "experience_type", type(None)), self.serves):
+                raise UserError(
+                    f"data.class_path: {type(self).__name__} does not fit model.class_path "
+                    f"{type(self.module).__name__}; take both from one recipe"
+                )
             self._check_sizes()
         if not self.prompts:
-            self.prompts = load_prompts(demonstrations, template=self.template, tokenizer=self.module.tokenizer)
+            self.prompts = self._load_prompts(demonstrations, self.template)
             for prompts in self.prompts.values():
                 rank_zero_info(prompts.report.table())
         if stage == "fit":
-            num_prompts = len(self.prompts["train"])
-            if self.prompts_per_rollout > num_prompts:
-                raise UserError(
-                    f"data.prompts_per_rollout: found {self.prompts_per_rollout}, but there are {num_prompts} training "
-                    "prompts and none may repeat within a rollout; lower it, or raise data.samples_per_prompt instead"
-                )
+            self._check_num_prompts()
             # One rollout per epoch: the loader is asked for again at the start of each.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         elif stage in ("validate", "test", "predict"):
             evaluation_split(self.prompts)
 
     @override
-    def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, DPRBatch]:
+    def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, TokenBatch]:
         """Roll out and score with the weights as they are now, unless this epoch's rollouts were just restored."""
         trainer = self.trainer
         assert trainer is not None
@@ -166,15 +170,7 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         if self.experience is None or self.trainer.world_size > 1:
             return {}
-        experience = self.experience
-        return {
-            "epoch": self._experience_epoch,
-            "rollouts": _tensors(experience.rollouts),
-            "scores": _tensors(experience.scores),
-            **{name: getattr(experience, name) for name in ("reward_BT", "return_BT", "advantage_BT")},
-            "stats": experience.stats,
-            "seconds": experience.seconds,
-        }
+        return {"epoch": self._experience_epoch, **pack(self.experience)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,11 +178,7 @@ class RolloutDataModule(LightningDataModule):
         if not state_dict:
             return
         self._experience_epoch = int(state_dict["epoch"])
-        self.experience = Experience(
-            rollouts=RolloutBatch(**state_dict["rollouts"]),
-            scores=TokenScores(**state_dict["scores"]),
-            **{name: state_dict[name] for name in ("reward_BT", "return_BT", "advantage_BT", "stats", "seconds")},
-        )
+        self.experience = unpack(self.module.experience_type, state_dict)
 
     def prompt_indices(self, epoch: int) -> list[int]:
         """Return the training prompts of ``epoch``'s rollout over all ranks: seeded, no repeat within a pass."""
@@ -198,7 +190,16 @@ class RolloutDataModule(LightningDataModule):
         }
         return [int(passes[position // num_prompts][position % num_prompts]) for position in positions]
 
-    def _roll_out(self, epoch: int) -> Experience:
+    def _load_prompts(self, config: DemonstrationConfig, template: PromptTemplate) -> dict[SplitName, Prompts]:
+        return load_prompts(config, template=template, tokenizer=self.module.tokenizer)
+
+    def _roll_out(self, epoch: int) -> SampledExperience:
+        """Return the epoch's samples with all that the module's updates need."""
+        rollouts, seconds = self._sample(epoch)
+        return cast("DPRModule", self.module).build_experience(rollouts, rollout_seconds=seconds)
+
+    def _sample(self, epoch: int) -> tuple[RolloutBatch, float]:
+        """Return this rank's samples of ``epoch`` from the current policy, and the seconds that they took."""
         trainer = self.trainer
         assert trainer is not None
         if trainer.world_size > 1 and trainer.fit_loop.epoch_loop.restarting and not trainer.is_last_batch:
@@ -219,18 +220,26 @@ class RolloutDataModule(LightningDataModule):
         with show(len(prompt_ids)) as advance:
             samples = self.module.sample(prompt_ids, self.sampling, seed=seed, on_progress=advance)
         rollouts = make_rollouts(prompt_ids, samples, repeated, pad_id=pad_id(self.module.tokenizer))
-        return self.module.build_experience(rollouts, rollout_seconds=time.perf_counter() - start)
+        return rollouts, time.perf_counter() - start
 
-    def _plan_updates(self, experience: Experience, epoch: int) -> list[MicroBatchPlan]:
-        """Deal this rank's responses to optimizer steps and micro-batches; counts are of all ranks."""
+    def _rows(self, experience: SampledExperience, epoch: int) -> tuple[list[int], list[int], list[int]]:
+        """Return the order in which rows are trained on, and by row number its tokens and its response tokens."""
         assert self.trainer is not None
-        world_size, rank = data_parallel_rank(self.trainer)
+        _, rank = data_parallel_rank(self.trainer)
         rollouts = experience.rollouts
         order = np.random.default_rng([self.seed, 2, epoch, rank]).permutation(len(rollouts.prompt_index_B))
-        plans = plan_micro_batches(
+        return (
             order.tolist(),
             rollouts.attention_mask_BT.sum(dim=1).tolist(),
             rollouts.response_mask_BT.sum(dim=1).tolist(),
+        )
+
+    def _plan_updates(self, experience: SampledExperience, epoch: int) -> list[MicroBatchPlan]:
+        """Deal this rank's rows to optimizer steps and micro-batches; counts are of all ranks."""
+        assert self.trainer is not None
+        world_size, _ = data_parallel_rank(self.trainer)
+        plans = plan_micro_batches(
+            *self._rows(experience, epoch),
             global_batch_size=self.global_batch_size // world_size,
             micro_batch_size=self.micro_batch_size,
         )
@@ -240,11 +249,11 @@ class RolloutDataModule(LightningDataModule):
         total = self.module.reduce_sum(mine).long().tolist()
         return [MicroBatchPlan(plan.rows, tokens, rows) for plan, (tokens, rows) in zip(plans, total, strict=True)]
 
-    def _make_batch(self, plan: MicroBatchPlan) -> DPRBatch:
+    def _make_batch(self, plan: MicroBatchPlan) -> TokenBatch:
         # The rank's responses divide into whole micro-batches (checked in setup), so there are no padding rows.
         assert PADDING_ROW not in plan.rows
-        assert self.experience is not None
-        return self.module.make_batch(self.experience, plan)
+        assert isinstance(self.experience, Experience)
+        return cast("DPRModule", self.module).make_batch(self.experience, plan)
 
     def _prompt_loader(self, prompts: Prompts, limit: int | None) -> MicroBatchLoader[list[int], PromptBatch]:
         assert self.trainer is not None
@@ -287,6 +296,10 @@ class RolloutDataModule(LightningDataModule):
                 f"prompts none of {world_size} ranks; change one so that they divide"
             )
 
-
-def _tensors(batch: RolloutBatch | TokenScores) -> dict[str, Any]:
-    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    def _check_num_prompts(self) -> None:
+        num_prompts = len(self.prompts["train"])
+        if self.prompts_per_rollout > num_prompts:
+            raise UserError(
+                f"data.prompts_per_rollout: found {self.prompts_per_rollout}, but there are {num_prompts} training "
+                "prompts and none may repeat within a rollout; lower it, or raise data.samples_per_prompt instead"
+            )

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
+from dpr_lightning.analysis.frozen import find_policies
 from dpr_lightning.analysis.measure import steps_for, token_forwards
+from dpr_lightning.analysis.preferences import DENSE, TEACHER, rank
+from dpr_lightning.analysis.teacher_samples import draw_and_score
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.prompts import Prompts, load_prompts
 from dpr_lightning.data.templates import TextTemplate
@@ -26,8 +28,8 @@ from dpr_lightning.demo import report
 from dpr_lightning.demo.data import EmbeddedTasks
 from dpr_lightning.demo.verifier import TaskVerifier
 from dpr_lightning.errors import UserError
-from dpr_lightning.evaluation.answers import Answers, answer, rank_teacher_samples
-from dpr_lightning.evaluation.statistics import ranking_accuracy
+from dpr_lightning.evaluation.answers import Answers, answer
+from dpr_lightning.evaluation.ranking import pair_up
 from dpr_lightning.manifest import atomic_write_json, environment, read_json
 from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
 from dpr_lightning.types import SamplingConfig
@@ -42,6 +44,8 @@ NUM_SAMPLES = 4
 """Responses to each test prompt above temperature 0."""
 NUM_RANKED = 8
 """Samples of the teacher to each validation prompt for the ranking diagnostic."""
+RANKING_BATCH = 256
+"""Of these, how many one scoring forward takes."""
 TEMPERATURES = (0.0, 0.7, 1.0)
 SAMPLING = SamplingConfig(max_new_tokens=40, batch_size=512)
 
@@ -152,30 +156,30 @@ def _load(path: Path, model_dir: Path) -> Prompts:
 def _rank(run_dir: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
     """How often the dense reward at each alpha, and log pi_SFT, put a right answer above a wrong one to its prompt."""
     batch = prompts.batch(range(len(prompts)))
-    dense = {}
-    for reference in sorted((run_dir / "reference").glob("alpha_*")):
-        ranked = rank_teacher_samples(
-            run_dir / "final",
-            reference,
-            batch.prompt_ids,
-            batch.rows,
-            verifier=TaskVerifier(),
-            sampling=SAMPLING,
-            num_samples=NUM_RANKED,
-            seed=seed,
-        )
-        accuracy = ranking_accuracy(ranked.dense_N, ranked.is_correct_N, ranked.prompt_index_N)
-        correlation = float(np.corrcoef(ranked.dense_N, ranked.num_tokens_N)[0, 1])
-        dense[reference.name.removeprefix("alpha_")] = {"share": accuracy.value, "length_correlation": correlation}
-    # The teacher's samples are the same for every reference.
-    logp = ranking_accuracy(ranked.logp_N, ranked.is_correct_N, ranked.prompt_index_N)
+    policies = find_policies(str(run_dir), micro_batch_size=RANKING_BATCH)
+    drawn = draw_and_score(
+        policies,
+        batch.prompt_ids,
+        batch.rows,
+        verifier=TaskVerifier(),
+        sampling=SAMPLING,
+        num_samples=NUM_RANKED,
+        seed=seed,
+    )
+    assert drawn.is_correct_N is not None
+    pairs = pair_up(drawn.is_correct_N, drawn.prompt_index_N)
+    summed = {(row["score"], row["alpha"]): row for row in rank(drawn.scored, pairs, seed=seed) if row["of"] == "sum"}
     return {
         "num_prompts": len(prompts),
         "num_samples": NUM_RANKED,
-        "num_pairs": logp.num_pairs,
-        "accuracy": float(ranked.is_correct_N.mean()),
-        "dense": dense,
-        "logp": logp.value,
+        "num_pairs": len(pairs),
+        "accuracy": float(drawn.is_correct_N.mean()),
+        "dense": {
+            alpha: {"share": row["accuracy"], "length_correlation": row["pearson"]}
+            for alpha in policies.references
+            for row in (summed[DENSE, alpha],)
+        },
+        "logp": summed[TEACHER, None]["accuracy"],
     }
 
 

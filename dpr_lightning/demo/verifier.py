@@ -8,6 +8,7 @@ from typing import Any
 from typing_extensions import override
 
 from dpr_lightning.demo.tasks import is_correct
+from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.verifiers import Verifier
 
 
@@ -16,4 +17,9 @@ class TaskVerifier(Verifier):
 
     @override
     def __call__(self, row: Mapping[str, Any], response: str) -> bool:
+        for column in ("family", "fields"):
+            if column not in row:
+                raise UserError(
+                    f"row {row.get('row', '?')}: no column '{column}', so it is no embedded task; name another verifier"
+                )
         return is_correct(row, response)

@@ -1,12 +1,14 @@
 """How good a policy is: verifiers, and figures with their uncertainty."""
 
+from dpr_lightning.evaluation.ranking import Pairs, RankingAccuracy, best_by_score, pair_up, ranking_accuracy
 from dpr_lightning.evaluation.statistics import (
     Estimate,
     Interval,
-    RankingAccuracy,
     bootstrap_interval,
+    mean_estimate,
     paired_difference,
-    ranking_accuracy,
+    ratio_interval,
+    share_estimate,
     wilson_interval,
     win_rate,
 )
@@ -17,12 +19,18 @@ __all__ = [
     "ExactMatch",
     "FinalNumber",
     "Interval",
+    "Pairs",
     "RankingAccuracy",
     "Verifier",
+    "best_by_score",
     "bootstrap_interval",
     "final_number",
+    "mean_estimate",
+    "pair_up",
     "paired_difference",
     "ranking_accuracy",
+    "ratio_interval",
+    "share_estimate",
     "wilson_interval",
     "win_rate",
 ]

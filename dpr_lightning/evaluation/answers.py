@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.models.backbone import BackboneConfig, load_model, load_tokenizer
-from dpr_lightning.models.policies import load_policy
 from dpr_lightning.rollout.sampler import Samples
-from dpr_lightning.rollout.scoring import make_rollouts, score_tokens
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import SamplingConfig
 
@@ -106,70 +103,3 @@ def answer(
         )
         answers[temperature] = verify(samples, rows, verifier=verifier, tokenizer=tokenizer, num_samples=repeats)
     return answers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherRanking:
-    """What the teacher's own samples say of the dense reward before any RL."""
-
-    dense_N: npt.NDArray[np.float64]
-    """[N] sum of r_hat of each response."""
-    logp_N: npt.NDArray[np.float64]
-    """[N] log pi_SFT of each response."""
-    is_correct_N: npt.NDArray[np.bool_]
-    """[N] the verifier's word."""
-    prompt_index_N: npt.NDArray[np.int64]
-    """[N] which prompt each response answers."""
-    num_tokens_N: npt.NDArray[np.int64]
-    """[N] length of each response."""
-
-
-def rank_teacher_samples(
-    teacher_dir: Path,
-    reference_dir: Path,
-    prompt_ids: Sequence[Sequence[int]],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    verifier: Verifier,
-    sampling: SamplingConfig,
-    num_samples: int,
-    seed: int,
-    micro_batch_size: int = 256,
-) -> TeacherRanking:
-    """Sample the teacher, score its responses with the dense reward, and verify them.
-
-    Args:
-        teacher_dir: Transformers directory of pi_SFT.
-        reference_dir: The same of pi_ref.
-        prompt_ids: Token ids of the prompts.
-        rows: Their rows, for the verifier.
-        verifier: Judges each response.
-        sampling: How the teacher is sampled.
-        num_samples: Responses of each prompt.
-        seed: Of the samples.
-        micro_batch_size: Rows of one scoring forward.
-    """
-    backbone = BackboneConfig(name_or_path=str(teacher_dir))
-    teacher = load_policy(str(teacher_dir), backbone, chunk_size=1024).freeze()
-    reference = load_policy(str(reference_dir), backbone, chunk_size=1024).freeze()
-    tokenizer = load_tokenizer(str(teacher_dir), backbone)
-    eos_token_id = tokenizer.eos_token_id
-    assert isinstance(eos_token_id, int)
-    index = [number for number in range(len(prompt_ids)) for _ in range(num_samples)]
-    repeated = [prompt_ids[number] for number in index]
-    samples = TransformersSampler().sample(
-        teacher.model, repeated, config=sampling, eos_token_id=eos_token_id, seed=seed
-    )
-    rollouts = make_rollouts(repeated, samples, index, pad_id=eos_token_id)
-    scores = score_tokens(
-        rollouts, actor=teacher, teacher=teacher, reference=reference, micro_batch_size=micro_batch_size
-    )
-    answers = verify(samples, rows, verifier=verifier, tokenizer=tokenizer, num_samples=num_samples)
-    dense_B = (scores.teacher_logp_BT - scores.reference_logp_BT).sum(dim=1, dtype=torch.float64)
-    return TeacherRanking(
-        dense_N=dense_B.numpy(),
-        logp_N=scores.teacher_logp_BT.sum(dim=1, dtype=torch.float64).numpy(),
-        is_correct_N=answers.is_correct_PS.reshape(-1),
-        prompt_index_N=np.array(index, dtype=np.int64),
-        num_tokens_N=answers.num_tokens_PS.reshape(-1),
-    )

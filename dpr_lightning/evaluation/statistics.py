@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeAlias
@@ -32,17 +32,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-
-@dataclass(frozen=True, slots=True)
-class RankingAccuracy:
-    """How often a score puts a right response above a wrong one of the same prompt."""
-
-    value: float
-    """Share of pairs ranked rightly, ties counted half; NaN without pairs."""
-    num_pairs: int
-    num_prompts: int
-    """Prompts with at least one right and one wrong response."""
 
 
 def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> Interval:
@@ -86,17 +75,75 @@ def bootstrap_interval(
         ValueError: There are no values, or the two sequences differ in length.
     """
     mean_P = _prompt_means(values, prompt_index)
-    generator = np.random.default_rng(seed)
-    num_prompts = len(mean_P)
-    chunk = max(1, _RESAMPLED_VALUES_AT_ONCE // num_prompts)
-    means = np.concatenate(
-        [
-            mean_P[generator.integers(num_prompts, size=(min(chunk, num_resamples - start), num_prompts))].mean(axis=1)
-            for start in range(0, num_resamples, chunk)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))
+    means = [mean_P[rows_RP].mean(axis=1) for rows_RP in _resamples(len(mean_P), num_resamples, seed)]
+    return _percentiles(np.concatenate(means), confidence)
+
+
+def ratio_interval(
+    numerators: Values,
+    denominators: Values,
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Return the percentile bootstrap interval of sum(numerators) / sum(denominators), from resampled prompts.
+
+    Args:
+        numerators: One value per prompt, such as its pairs that are ranked rightly.
+        denominators: One positive value per prompt, such as its pairs.
+        num_resamples: Bootstrap samples.
+        seed: Seed of the resampling.
+        confidence: Coverage, between 0 and 1.
+
+    Raises:
+        ValueError: There are no values, the lengths differ, or a denominator is not positive.
+    """
+    numerator_P, denominator_P = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if numerator_P.shape != denominator_P.shape or numerator_P.ndim != 1 or numerator_P.size == 0:
+        raise ValueError(f"need two equally long lists, got shapes {numerator_P.shape} and {denominator_P.shape}")
+    if not (denominator_P > 0).all():
+        raise ValueError("a denominator is not positive; leave such prompts out")
+    ratios = [
+        numerator_P[rows_RP].sum(axis=1) / denominator_P[rows_RP].sum(axis=1)
+        for rows_RP in _resamples(len(numerator_P), num_resamples, seed)
+    ]
+    return _percentiles(np.concatenate(ratios), confidence)
+
+
+def share_estimate(
+    shares: Values, *, prompt_index: Values | None = None, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """Return the mean of values in [0, 1] over prompts.
+
+    The interval is the bootstrap's over prompts. Where all prompts had the same outcome there is nothing to resample,
+    and it is Wilson's.
+
+    Args:
+        shares: One value in [0, 1] per response, such as 1 for a right one.
+        prompt_index: Which prompt each answers; None takes each for its own.
+        seed: Seed of the resampling.
+        confidence: Coverage, between 0 and 1.
+
+    Raises:
+        ValueError: There are no values, or the two sequences differ in length.
+    """
+    share_P = _prompt_means(shares, prompt_index)
+    value, n = float(share_P.mean()), len(share_P)
+    if np.ptp(share_P) == 0:
+        interval = wilson_interval(value * n, n, confidence=confidence)
+    else:
+        interval = bootstrap_interval(share_P, seed=seed, confidence=confidence)
+    return Estimate(value, interval.low, interval.high, n)
+
+
+def mean_estimate(
+    values: Values, *, prompt_index: Values | None = None, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """Return the mean of any values over prompts with the bootstrap's interval; see :func:`share_estimate`."""
+    mean_P = _prompt_means(values, prompt_index)
+    interval = bootstrap_interval(mean_P, seed=seed, confidence=confidence)
+    return Estimate(float(mean_P.mean()), interval.low, interval.high, len(mean_P))
 
 
 def win_rate(
@@ -122,13 +169,8 @@ def win_rate(
         raise ValueError(f"a and b must have the same length, got {a_N.shape} and {b_N.shape}")
     if np.isnan(a_N).any() or np.isnan(b_N).any():
         raise ValueError("a score is NaN: it neither wins nor ties")
-    outcome_P = _prompt_means((np.sign(a_N - b_N) + 1) / 2, prompt_index)
-    value, n = float(outcome_P.mean()), len(outcome_P)
-    if np.ptp(outcome_P) == 0:
-        interval = wilson_interval(value * n, n, confidence=confidence)
-    else:
-        interval = bootstrap_interval(outcome_P, seed=seed, confidence=confidence)
-    return Estimate(value, interval.low, interval.high, n)
+    outcome_N = (np.sign(a_N - b_N) + 1) / 2
+    return share_estimate(outcome_N, prompt_index=prompt_index, seed=seed, confidence=confidence)
 
 
 def paired_difference(a_by_seed: Values, b_by_seed: Values, *, confidence: float = 0.95) -> Estimate:
@@ -149,32 +191,6 @@ def paired_difference(a_by_seed: Values, b_by_seed: Values, *, confidence: float
     n, mean = len(difference_S), float(difference_S.mean())
     half = student_t_quantile(confidence, n - 1) * float(difference_S.std(ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
-
-
-def ranking_accuracy(scores: Values, is_correct: Values, prompt_index: Values) -> RankingAccuracy:
-    """Return the share of same-prompt (right, wrong) pairs whose right response has the greater score.
-
-    Args:
-        scores: Score of each response, such as the sum of its token rewards.
-        is_correct: Whether each response is right, by a verifier.
-        prompt_index: Which prompt each response answers.
-
-    Raises:
-        ValueError: The sequences differ in length.
-    """
-    score_N, correct_N = np.asarray(scores, dtype=np.float64), np.asarray(is_correct, dtype=bool)
-    prompt_N = np.asarray(prompt_index)
-    if not score_N.shape == correct_N.shape == prompt_N.shape:
-        raise ValueError(f"lengths differ: {score_N.shape}, {correct_N.shape}, {prompt_N.shape}")
-    num_right, num_pairs, num_prompts = 0.0, 0, 0
-    for prompt in np.unique(prompt_N):
-        is_here_N = prompt_N == prompt
-        right_R, wrong_W = score_N[is_here_N & correct_N], score_N[is_here_N & ~correct_N]
-        outcome_RW = (np.sign(right_R[:, None] - wrong_W[None, :]) + 1) / 2
-        num_right += float(outcome_RW.sum())
-        num_pairs += outcome_RW.size
-        num_prompts += outcome_RW.size > 0
-    return RankingAccuracy(num_right / num_pairs if num_pairs else math.nan, num_pairs, num_prompts)
 
 
 def student_t_quantile(confidence: float, degrees: int) -> float:
@@ -202,6 +218,19 @@ def _student_t_mass(angle: float, degrees: int) -> float:
         term *= cosine**2 * (k - 1) / k
         total += term
     return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+
+
+def _resamples(num_prompts: int, num_resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield [R, P] rows of prompts drawn with replacement, some resamples at a time."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _RESAMPLED_VALUES_AT_ONCE // num_prompts)
+    for start in range(0, num_resamples, chunk):
+        yield generator.integers(num_prompts, size=(min(chunk, num_resamples - start), num_prompts))
+
+
+def _percentiles(values: npt.NDArray[np.float64], confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
 
 
 def _normal_quantile(confidence: float) -> float:

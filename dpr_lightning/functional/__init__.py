@@ -8,6 +8,7 @@ from dpr_lightning.functional.advantages import (
     leave_one_out,
     normalize,
 )
+from dpr_lightning.functional.gae import explained_variance, generalized_advantages, lambda_returns
 from dpr_lightning.functional.kl import k1, k2, k3
 from dpr_lightning.functional.logprobs import (
     LMHead,
@@ -24,8 +25,19 @@ from dpr_lightning.functional.losses import (
     policy_loss,
     reinforce_loss,
     sft_loss,
+    value_loss,
 )
 from dpr_lightning.functional.masking import length_mask, masked_mean, masked_sum
+from dpr_lightning.functional.pair_losses import (
+    BernoulliGSILLoss,
+    BrierGSILLoss,
+    GSILLoss,
+    HingeGSILLoss,
+    KLIEPGSILLoss,
+    LSIFGSILLoss,
+    PairLoss,
+    SPINLoss,
+)
 from dpr_lightning.functional.returns import (
     DiscountedReturns,
     ExpectedReturns,
@@ -45,28 +57,39 @@ from dpr_lightning.functional.rewards import (
 __all__ = [
     "AdvantageEstimator",
     "Advantages",
+    "BernoulliGSILLoss",
+    "BrierGSILLoss",
     "ClippedPolicyLoss",
     "ClippedReward",
     "DenseReward",
     "DenseWithValueReward",
     "DiscountedReturns",
     "ExpectedReturns",
+    "GSILLoss",
+    "HingeGSILLoss",
+    "KLIEPGSILLoss",
     "LMHead",
+    "LSIFGSILLoss",
     "LossOutput",
+    "PairLoss",
     "PolicyLoss",
     "RawAdvantage",
     "ReinforceLoss",
     "ReturnEstimator",
     "Reward",
+    "SPINLoss",
     "SentenceReward",
     "StateExpectations",
     "TeacherLogprobReward",
     "TokenLogprobs",
     "WhitenedAdvantage",
     "expected_reward_to_go",
+    "explained_variance",
+    "generalized_advantages",
     "k1",
     "k2",
     "k3",
+    "lambda_returns",
     "leave_one_out",
     "length_mask",
     "masked_mean",
@@ -78,4 +101,5 @@ __all__ = [
     "sft_loss",
     "state_expectations",
     "token_logprobs",
+    "value_loss",
 ]

@@ -110,6 +110,43 @@ def policy_loss(
     return LossOutput(loss=loss, metrics={"policy/loss": loss.detach(), **metrics})
 
 
+def value_loss(
+    value_BT: Tensor,
+    old_value_BT: Tensor,
+    return_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    num_tokens: int,
+    clip: float = 0.2,
+) -> LossOutput:
+    """Return the token mean of 0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2).
+
+    Args:
+        value_BT: [B, T] values of the critic that is trained.
+        old_value_BT: [B, T] detached values of the critic as it was when the rollouts were scored.
+        return_BT: [B, T] detached returns.
+        mask_BT: [B, T] bool, True on response tokens.
+        num_tokens: Response tokens of the whole optimizer step.
+        clip: How far from its old one a value may move and still come closer to the return; infinity sets no limit.
+
+    Raises:
+        ValueError: ``clip`` is not positive, a target carries gradients, or ``num_tokens`` is below 1.
+    """
+    _check_count("num_tokens", num_tokens)
+    if not clip > 0.0:
+        raise ValueError(f"clip must be above 0, got {clip}")
+    if return_BT.requires_grad or old_value_BT.requires_grad:
+        raise ValueError("return_BT and old_value_BT must be detached: they are the critic's targets")
+    value_BT, old_value_BT, return_BT = (
+        torch.where(mask_BT, values_BT, 0.0) for values_BT in (value_BT, old_value_BT, return_BT)
+    )
+    plain_BT = (value_BT - return_BT).square()
+    clipped_BT = (value_BT.clamp(old_value_BT - clip, old_value_BT + clip) - return_BT).square()
+    loss = 0.5 * masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT) / num_tokens
+    clip_share = masked_sum((clipped_BT > plain_BT).to(loss.dtype), mask_BT) / num_tokens
+    return LossOutput(loss=loss, metrics={"value/loss": loss.detach(), "value/clip_share": clip_share})
+
+
 def _check_detached(advantage_BT: Tensor) -> None:
     if advantage_BT.requires_grad:
         raise ValueError("advantage_BT must be detached: REINFORCE differentiates log-probabilities only")

@@ -1,4 +1,4 @@
-"""Policies: a causal language model seen as log pi(a|s), and the frozen pair that the dense reward is read from."""
+"""Policies: a causal language model seen as log pi(a|s), and the frozen teacher and reference that runs start from."""
 
 from __future__ import annotations
 
@@ -38,19 +38,8 @@ class CausalPolicy(nn.Module):
         self.chunk_size = chunk_size
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask.
-
-        Positions count attended tokens only, so padding on the left and on the right give the same states.
-        """
-        position_ids_BT = (batch.attention_mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)
-        hidden_BTD: Tensor = self.model.get_decoder()(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT.long(),
-            position_ids=position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
-        # The token in column t is predicted from column t - 1, which is its predecessor: responses have no gaps.
-        return hidden_BTD[:, :-1][batch.response_mask_BT[:, 1:]]
+        """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask."""
+        return states_before_tokens(self.model.get_decoder(), batch)
 
     def head(self, hidden_ND: Tensor) -> LMHead:
         """Return the output layer in the type of ``hidden_ND``, which under autocast is not the weights' own."""
@@ -83,6 +72,22 @@ class CausalPolicy(nn.Module):
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen policy has gradients on"
 
 
+def states_before_tokens(decoder: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return [N, D]: a decoder's last hidden state before each response token, in row-major order of the mask.
+
+    Positions count attended tokens only, so padding on the left and on the right give the same states.
+    """
+    position_ids_BT = (batch.attention_mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)
+    hidden_BTD: Tensor = decoder(
+        input_ids=batch.input_ids_BT,
+        attention_mask=batch.attention_mask_BT.long(),
+        position_ids=position_ids_BT,
+        use_cache=False,
+    ).last_hidden_state
+    # The token in column t is predicted from column t - 1, which is its predecessor: responses have no gaps.
+    return hidden_BTD[:, :-1][batch.response_mask_BT[:, 1:]]
+
+
 def scatter_tokens(values_N: Tensor, mask_BT: Tensor) -> Tensor:
     """Lay N response-token values out as [B, T], 0 elsewhere; differentiable."""
     return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
@@ -96,15 +101,47 @@ def load_policy(name_or_path: str, backbone: BackboneConfig, *, chunk_size: int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenPair:
-    """Where the teacher pi_SFT and the reference pi_ref lie, and what the teacher's run said of itself."""
+class FrozenTeacher:
+    """Where the teacher pi_SFT lies, and what its run said of itself."""
 
     teacher: str
     """Transformers directory or hub name of pi_SFT."""
-    reference: str
-    """The same of pi_ref."""
     manifest: dict[str, Any] | None
     """Manifest of a teacher of ours (template, data, versions); None for another trainer's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenPair(FrozenTeacher):
+    """The same of the teacher and its reference pi_ref."""
+
+    reference: str
+    """Transformers directory or hub name of pi_ref."""
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "final").is_dir() or (directory / "config.yaml").is_file()
+
+
+def find_teacher(teacher: str) -> FrozenTeacher:
+    """Resolve ``--model.teacher`` to a model directory or hub name.
+
+    Args:
+        teacher: A finished SFT run of ours, or any transformers directory or hub name.
+
+    Raises:
+        UserError: The run is unfinished.
+    """
+    root = Path(teacher)
+    if not _is_run(root):
+        manifest = read_manifest(root) if root.is_dir() and is_complete(root) else None
+        return FrozenTeacher(teacher=teacher, manifest=manifest)
+    final = root / "final"
+    if not is_complete(final):
+        raise UserError(
+            f"model.teacher '{teacher}' holds a run without a finished '{final.name}/' directory: let its SFT fit "
+            "reach the end (resume it with --ckpt_path last), or name a finished run"
+        )
+    return FrozenTeacher(teacher=str(final), manifest=read_manifest(final))
 
 
 def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5) -> FrozenPair:
@@ -119,33 +156,24 @@ def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5)
         UserError: The run is unfinished or has no such snapshot, or a teacher that is no run came without reference.
     """
     root = Path(teacher)
-    if not (root / "final").is_dir() and not (root / "config.yaml").is_file():
-        if reference is None:
-            what = "is not a run of dpr-lightning" if root.exists() else "is no directory here"
-            raise UserError(
-                f"model.teacher '{teacher}' {what}, so there is no snapshot to find: "
-                "set model.reference to the half-training checkpoint"
-            )
-        directory = Path(teacher)
-        manifest = read_manifest(directory) if directory.is_dir() and is_complete(directory) else None
-        return FrozenPair(teacher=teacher, reference=reference, manifest=manifest)
-    final = root / "final"
-    if not is_complete(final):
+    if reference is None and not _is_run(root):
+        what = "is not a run of dpr-lightning" if root.exists() else "is no directory here"
         raise UserError(
-            f"model.teacher '{teacher}' holds a run without a finished '{final.name}/' directory: let its SFT fit "
-            "reach the end (resume it with --ckpt_path last), or name a finished run"
+            f"model.teacher '{teacher}' {what}, so there is no snapshot to find: "
+            "set model.reference to the half-training checkpoint"
         )
+    found = find_teacher(teacher)
     if reference is None:
-        found = sorted(path for path in (root / "reference").glob("alpha_*") if is_complete(path))
+        snapshots = sorted(path for path in (root / "reference").glob("alpha_*") if is_complete(path))
         wanted = root / "reference" / f"alpha_{alpha:g}"
-        if wanted not in found:
-            names = ", ".join(path.name for path in found) or "none"
+        if wanted not in snapshots:
+            names = ", ".join(path.name for path in snapshots) or "none"
             raise UserError(
                 f"model.alpha is {alpha:g}, but '{root / 'reference'}' holds {names}: set model.alpha to one of "
                 "them, or repeat SFT with this alpha in callbacks.ReferenceSnapshot"
             )
         reference = str(wanted)
-    return FrozenPair(teacher=str(final), reference=reference, manifest=read_manifest(final))
+    return FrozenPair(teacher=found.teacher, reference=reference, manifest=found.manifest)
 
 
 def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:

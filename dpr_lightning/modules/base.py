@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
@@ -34,7 +36,7 @@ class CausalLMModule(LightningModule):
         backbone: Which model, and how it is loaded.
         optimizer: Optimizer of the trained weights.
         warmup_ratio: Share of the planned optimizer steps in which the learning rate rises from 0.
-        min_lr_ratio: Share of the learning rate that the cosine schedule ends at.
+        min_lr_ratio: Share of the learning rate that the schedule ends at.
         decoding: How ``validate``, ``test`` and ``predict`` draw responses.
         sampler: What draws them, and the rollouts.
         logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
@@ -69,7 +71,7 @@ class CausalLMModule(LightningModule):
         self._step_metrics: dict[str, Tensor] = {}
         self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
         """Prompt and response tokens of this rank, prompts counted with them: trained on, sampled, and put through a
-        forward without gradient, once for each model that scored them."""
+        forward without gradient, once for each model that was trained on them or scored them."""
 
     @property
     def initial_weights(self) -> str:
@@ -104,14 +106,23 @@ class CausalLMModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         num_steps = self.planned_optimizer_steps()
-        optimizer = self.optimizer(self.actor.parameters())
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer = self.optimizer(self.trained_parameters())
+        schedule = self.make_schedule(optimizer, num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trained_parameters(self) -> Iterable[Any]:
+        """Return what the optimizer trains: parameters, or groups of them with settings of their own."""
+        return self.actor.parameters()
+
+    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+        """Return the learning rate of each of ``num_steps`` optimizer steps: warm-up, then a cosine."""
+        schedule: LRScheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             num_warmup_steps=round(self.warmup_ratio * num_steps),
             num_training_steps=num_steps,
             min_lr_rate=self.min_lr_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return schedule
 
     def planned_optimizer_steps(self) -> int:
         """Return N, the optimizer steps of the whole run, known before the first.
@@ -167,14 +178,21 @@ class CausalLMModule(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [parameter.grad for parameter in self.actor.parameters() if parameter.grad is not None]
+        self.log_gradients("policy", self.actor, rate=optimizer.param_groups[0]["lr"])
+
+    def log_gradients(self, name: str, model: torch.nn.Module, *, rate: float) -> None:
+        """Check and log the norm of a model's gradients before they are clipped, and log its learning rate.
+
+        Raises:
+            NonFiniteError: The norm is NaN or infinite on some rank.
+        """
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         # float16 finds its loss scale by overflowing now and then, and skips those steps itself.
         if self.trainer.precision != "16-mixed":
             self._refuse_non_finite(norm, "gradient norm", "all micro-batches of the step")
-        self.log("policy/grad_norm", norm, on_step=True, on_epoch=False)
-        rate = optimizer.param_groups[0]["lr"]
-        self.log("policy/learning_rate", torch.tensor(rate), on_step=True, on_epoch=False, rank_zero_only=True)
+        self.log(f"{name}/grad_norm", norm, on_step=True, on_epoch=False)
+        self.log(f"{name}/learning_rate", torch.tensor(rate), on_step=True, on_epoch=False, rank_zero_only=True)
 
     def total_token_counts(self) -> dict[str, int]:
         """Return ``token_counts`` summed over ranks; every rank must call it."""

@@ -11,29 +11,25 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from dpr_lightning.data.batching import MicroBatchPlan
-from dpr_lightning.data.prompts import PromptBatch
-from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
-from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.advantages import AdvantageEstimator, WhitenedAdvantage
 from dpr_lightning.functional.kl import k1
 from dpr_lightning.functional.losses import ClippedPolicyLoss, PolicyLoss
 from dpr_lightning.functional.returns import DiscountedReturns, ReturnEstimator
 from dpr_lightning.functional.rewards import ClippedReward, DenseReward, Reward
 from dpr_lightning.models.policies import (
-    CausalPolicy,
     FrozenPair,
+    FrozenTeacher,
     check_same_vocabulary,
     find_frozen_pair,
-    load_policy,
     scatter_tokens,
 )
-from dpr_lightning.modules.base import CausalLMModule
-from dpr_lightning.rollout.scoring import describe_rollouts, make_rollouts, rollout_stats, score_tokens, trim
+from dpr_lightning.modules.on_policy import OnPolicyModule
+from dpr_lightning.rollout.scoring import describe_rollouts, rollout_stats, score_tokens, trim
 from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, TokenScores
 
 
-class DPRModule(CausalLMModule):
+class DPRModule(OnPolicyModule):
     """REINFORCE on dense rewards read out of an SFT run (ALGORITHM.md sections 2 and 3; paper Eq. 5, Alg. 1).
 
     Args:
@@ -45,14 +41,10 @@ class DPRModule(CausalLMModule):
         advantage: Baseline and scale; None whitens over all response tokens of the rollout batch.
         loss: Policy loss; None is the clipped ratio.
         kl_in_reward: beta of the k1 penalty towards the teacher inside the reward.
-        score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
-        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out. A
-            truncated response is wrong.
-        kwargs: See ``CausalLMModule``.
+        kwargs: See ``OnPolicyModule``.
     """
 
-    frozen: dict[str, CausalPolicy]
-    """Teacher and reference, by name."""
+    experience_type = Experience
 
     def __init__(
         self,
@@ -64,16 +56,13 @@ class DPRModule(CausalLMModule):
         advantage: AdvantageEstimator | None = None,
         loss: PolicyLoss | None = None,
         kl_in_reward: float = 1e-5,
-        score_micro_batch_size: int | None = None,
-        verifier: Verifier | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(teacher, **kwargs)
         if not 0.0 < alpha < 1.0:
             raise UserError(f"model.alpha: found {alpha}; give a share of the SFT run between 0 and 1, both excluded")
         if not kl_in_reward >= 0.0:
             raise UserError(f"model.kl_in_reward: found {kl_in_reward}; give 0 or more")
-        self.teacher = teacher
         self.reference = reference
         self.alpha = alpha
         self.reward: Reward = reward if reward is not None else DenseReward()
@@ -81,14 +70,8 @@ class DPRModule(CausalLMModule):
         self.advantage: AdvantageEstimator = advantage if advantage is not None else WhitenedAdvantage()
         self.loss: PolicyLoss = loss if loss is not None else ClippedPolicyLoss()
         self.kl_in_reward = kl_in_reward
-        self.score_micro_batch_size = score_micro_batch_size
-        self.verifier = verifier
         self._pair: FrozenPair | None = None
-        # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
-        self.__dict__["frozen"] = {}
-        self.evaluation_metrics = torch.nn.ModuleDict(
-            {name: MeanMetric() for name in ("reward_sum", "teacher_kl", "length", "truncated_share", "accuracy")}
-        )
+        self.evaluation_metrics["reward_sum"] = MeanMetric()
 
     @property
     def frozen_pair(self) -> FrozenPair:
@@ -100,14 +83,14 @@ class DPRModule(CausalLMModule):
         return self._pair
 
     @property
-    def initial_weights(self) -> str:
-        """The teacher: the policy starts as pi_SFT."""
-        return self.frozen_pair.teacher
+    @override
+    def found_teacher(self) -> FrozenTeacher:
+        return self.frozen_pair
 
     @property
-    def teacher_manifest(self) -> dict[str, Any] | None:
-        """What the teacher's run recorded of its data and template; None for another trainer's model."""
-        return self.frozen_pair.manifest
+    @override
+    def frozen_sources(self) -> dict[str, str]:
+        return {"teacher": self.frozen_pair.teacher, "reference": self.frozen_pair.reference}
 
     @override
     def setup(self, stage: str) -> None:
@@ -125,34 +108,15 @@ class DPRModule(CausalLMModule):
                 "with the prompt's others; set it to 2 or more"
             )
 
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.frozen or self.trainer.state.fn == "predict":
-            return
-        for name, source in (("teacher", self.frozen_pair.teacher), ("reference", self.frozen_pair.reference)):
-            policy = load_policy(source, self.backbone, chunk_size=self.logprob_chunk_size)
-            self.frozen[name] = policy.freeze()
-
-    def frozen_policy(self, name: str) -> CausalPolicy:
-        """Return ``teacher`` or ``reference`` on this module's device; Lightning moves only what is in the tree."""
-        policy = self.frozen[name]
-        if policy.model.device != self.device:
-            policy.to(self.device)
-        return policy
-
     def score(self, rollouts: RolloutBatch) -> TokenScores:
         """Score rollouts under actor, teacher and reference, in the precision of training."""
-        micro_batch_size = self.score_micro_batch_size
-        if micro_batch_size is None:
-            micro_batch_size = 2 * int(getattr(self.trainer.datamodule, "micro_batch_size", 8))  # type: ignore[attr-defined]
         with self.trainer.precision_plugin.forward_context():
             return score_tokens(
                 rollouts,
                 actor=self.actor,
                 teacher=self.frozen_policy("teacher"),
                 reference=self.frozen_policy("reference"),
-                micro_batch_size=micro_batch_size,
+                micro_batch_size=self.scoring_rows,
                 needs_values=self.reward.needs_values,
                 expectation_limits=self._expectation_limits(),
             )
@@ -166,9 +130,12 @@ class DPRModule(CausalLMModule):
         mask_BT = rollouts.response_mask_BT
         penalty_BT = self.kl_in_reward * k1(scores.old_logp_BT, scores.teacher_logp_BT)
         reward_BT = torch.where(mask_BT, self.reward(scores) - penalty_BT, 0.0)
-        return_BT = self.returns(reward_BT, self._expected_reward(scores), mask_BT)
+        return_BT, value_BT = self.estimate_returns(rollouts, scores, reward_BT)
         advantages = self.advantage(
-            return_BT, mask_BT, rollouts.prompt_index_B, all_reduce=lambda value: self.reduce_sum(value)
+            return_BT if value_BT is None else return_BT - value_BT,
+            mask_BT,
+            rollouts.prompt_index_B,
+            all_reduce=lambda value: self.reduce_sum(value),
         )
         sums_BK = describe_rollouts(rollouts, scores, reward_BT, return_BT)
         stats = rollout_stats(self._gather(sums_BK))
@@ -182,9 +149,16 @@ class DPRModule(CausalLMModule):
             reward_BT=reward_BT,
             return_BT=return_BT,
             advantage_BT=advantages.advantage_BT,
+            value_BT=value_BT,
             stats=stats,
             seconds={"rollout": rollout_seconds, "score": time.perf_counter() - start},
         )
+
+    def estimate_returns(
+        self, rollouts: RolloutBatch, scores: TokenScores, reward_BT: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return [B, T] returns, and [B, T] values that advantages are measured from where there is a critic."""
+        return self.returns(reward_BT, self._expected_reward(scores), scores.response_mask_BT), None
 
     def make_batch(self, experience: Experience, plan: MicroBatchPlan) -> DPRBatch:
         """Return the rows of one micro-batch of the epoch's experience, without columns that are padding in all."""
@@ -214,62 +188,16 @@ class DPRModule(CausalLMModule):
             return None
         return scores.expected_dense_BT - self.kl_in_reward * scores.teacher_kl_BT
 
-    def reduce_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of ``value`` over all ranks."""
-        reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
-        assert isinstance(reduced, Tensor)
-        return reduced.to(value.device)
-
-    def _gather(self, rows_BK: Tensor) -> Tensor:
-        """Return the rows of all ranks."""
-        gathered = self.all_gather(rows_BK.to(self.device))
-        assert isinstance(gathered, Tensor)
-        return gathered.reshape(-1, rows_BK.shape[1]).to(rows_BK.device)
-
-    @override
-    def on_train_epoch_start(self) -> None:
-        """Log the figures of the epoch's rollouts once, at x = the optimizer steps that made the policy of them."""
-        experience = getattr(self.trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
-        if experience is None:
-            return
-        for logger in self.trainer.loggers:
-            logger.log_metrics(experience.stats, step=self.trainer.global_step)
-        # For checkpoints that watch a figure, and for the progress bar. The figures are of all ranks already; syncing
-        # changes nothing, but without it Lightning warns of each.
-        self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
-
     @override
     def training_step(self, batch: DPRBatch, batch_idx: int) -> Tensor:
         logp_BT = scatter_tokens(self.actor(batch).logp_N, batch.response_mask_BT)
         return self.finish_step(self.loss(logp_BT, batch), batch, batch_idx)
 
     @override
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val")
-
-    @override
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
-        """Answer held-out prompts; log the dense reward, the distance to the teacher, and the verifier's word."""
-        samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
-        rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=pad_id(self.tokenizer))
+    def evaluation_scores(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
+        """Return the dense reward of each answer, and its distance to the teacher."""
         scores = self.score(rollouts)
-        values = {
+        return {
             "reward_sum": (scores.teacher_logp_BT - scores.reference_logp_BT).sum(dim=1),
             "teacher_kl": (scores.old_logp_BT - scores.teacher_logp_BT).sum(dim=1),
-            "length": rollouts.response_mask_BT.sum(dim=1).float(),
-            "truncated_share": rollouts.is_truncated_B.float(),
         }
-        if self.verifier is not None:
-            verdicts = [
-                not is_truncated and self.verifier(row, self.decode(ids))
-                for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
-            ]
-            values["accuracy"] = torch.tensor(verdicts, dtype=torch.float32)
-        for name, values_B in values.items():
-            metric = self.evaluation_metrics[name]
-            assert isinstance(metric, MeanMetric)
-            metric.update(values_B.to(self.device))
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)

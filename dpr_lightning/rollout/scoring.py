@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpr_lightning.functional.collate import collate
 from dpr_lightning.functional.logprobs import state_expectations, token_logprobs
+from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import RolloutBatch, TokenBatch, TokenScores
@@ -95,20 +96,19 @@ def score_tokens(
 def policy_logprobs(
     batch: TokenBatch, policy: CausalPolicy, *, micro_batch_size: int, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what one frozen policy says of every response token of a right-padded batch.
+    """Return what one policy says of every response token of a right-padded batch.
 
     Rows are scored in micro-batches of like length on the policy's device; the result lies on the batch's own.
 
     Args:
         batch: Prompts and responses.
-        policy: The policy to ask.
+        policy: The policy to ask, in any mode: its dropout is off by construction.
         micro_batch_size: Rows of one forward.
         with_entropy: Also return the entropy of the policy at the state in which each token was chosen.
 
     Returns:
         [B, T] float32 log-probabilities, and [B, T] float32 entropies in nats or None; both 0 outside the response.
     """
-    policy.assert_frozen()
     device = policy.model.device
     logp_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32)
     entropy_BT = torch.zeros_like(logp_BT) if with_entropy else None
@@ -121,6 +121,26 @@ def policy_logprobs(
         if entropy_BT is not None:
             entropy_BT[rows_B, :width] = scatter_tokens(out.entropy_N.float().cpu(), micro.response_mask_BT)
     return logp_BT, entropy_BT
+
+
+@torch.no_grad()
+def token_values(batch: TokenBatch, critic: ValueModel, *, micro_batch_size: int) -> Tensor:
+    """Return [B, T] float32: a critic's value of the state in which each response token was chosen; 0 elsewhere.
+
+    Rows are scored in micro-batches of like length on the critic's device; the result lies on the batch's own.
+
+    Args:
+        batch: Prompts and responses, right-padded.
+        critic: The critic to ask.
+        micro_batch_size: Rows of one forward.
+    """
+    value_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32)
+    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
+    for rows_B in order_B.split(micro_batch_size):
+        micro = trim(batch, rows_B)
+        values_N = critic(micro.to(critic.device))
+        value_BT[rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(values_N.cpu(), micro.response_mask_BT)
+    return value_BT
 
 
 def _score_micro_batch(
@@ -161,51 +181,92 @@ def _score_micro_batch(
     return values
 
 
-def describe_rollouts(rollouts: RolloutBatch, scores: TokenScores, reward_BT: Tensor, return_BT: Tensor) -> Tensor:
-    """Return [B, K] float64 sums of each response, in the order of ``RESPONSE_SUMS``: small enough to gather."""
+def describe_samples(
+    rollouts: RolloutBatch, *, old_logp_BT: Tensor, teacher_logp_BT: Tensor, old_entropy_BT: Tensor
+) -> Tensor:
+    """Return [B, K] float64 sums of each response, in the order of ``SAMPLE_SUMS``: small enough to gather.
+
+    Args:
+        rollouts: The samples.
+        old_logp_BT: [B, T] log-probabilities under the policy that sampled; 0 outside the response, like the others.
+        teacher_logp_BT: [B, T] the same under the teacher.
+        old_entropy_BT: [B, T] entropy of the policy that sampled, in nats.
+    """
     mask_BT = rollouts.response_mask_BT
-    first_BT = mask_BT & (mask_BT.cumsum(dim=1) == 1)
     tokens = {
         "length": mask_BT.double(),
-        "truncated": (rollouts.is_truncated_B[:, None] & first_BT).double(),
-        "reward": reward_BT.double(),
-        "reward_squared": reward_BT.double().square(),
-        "return": return_BT.double(),
-        "return_first": torch.where(first_BT, return_BT, 0.0).double(),
-        "old_logp": scores.old_logp_BT.double(),
-        "teacher_logp": scores.teacher_logp_BT.double(),
-        "reference_logp": scores.reference_logp_BT.double(),
-        "entropy": scores.old_entropy_BT.double(),
-        "sampler_gap": torch.where(mask_BT, (scores.old_logp_BT - rollouts.sampler_logp_BT).abs(), 0.0).double(),
+        "truncated": (rollouts.is_truncated_B[:, None] & _is_first(mask_BT)).double(),
+        "old_logp": old_logp_BT.double(),
+        "teacher_logp": teacher_logp_BT.double(),
+        "entropy": old_entropy_BT.double(),
+        "sampler_gap": torch.where(mask_BT, (old_logp_BT - rollouts.sampler_logp_BT).abs(), 0.0).double(),
     }
-    assert tuple(tokens) == RESPONSE_SUMS
+    assert tuple(tokens) == SAMPLE_SUMS
     return torch.stack([values_BT.sum(dim=1) for values_BT in tokens.values()], dim=1)
 
 
-RESPONSE_SUMS = (
-    "length",
-    "truncated",
-    "reward",
-    "reward_squared",
-    "return",
-    "return_first",
-    "old_logp",
-    "teacher_logp",
-    "reference_logp",
-    "entropy",
-    "sampler_gap",
-)
+def describe_rollouts(rollouts: RolloutBatch, scores: TokenScores, reward_BT: Tensor, return_BT: Tensor) -> Tensor:
+    """Return [B, K] float64 sums of each response, in the order of ``RESPONSE_SUMS``: small enough to gather."""
+    samples_BK = describe_samples(
+        rollouts,
+        old_logp_BT=scores.old_logp_BT,
+        teacher_logp_BT=scores.teacher_logp_BT,
+        old_entropy_BT=scores.old_entropy_BT,
+    )
+    tokens = {
+        "reward": reward_BT.double(),
+        "reward_squared": reward_BT.double().square(),
+        "return": return_BT.double(),
+        "return_first": torch.where(_is_first(rollouts.response_mask_BT), return_BT, 0.0).double(),
+        "reference_logp": scores.reference_logp_BT.double(),
+    }
+    assert SAMPLE_SUMS + tuple(tokens) == RESPONSE_SUMS
+    rewards_BK = torch.stack([values_BT.sum(dim=1) for values_BT in tokens.values()], dim=1)
+    return torch.cat([samples_BK, rewards_BK], dim=1)
+
+
+def _is_first(mask_BT: Tensor) -> Tensor:
+    return mask_BT & (mask_BT.cumsum(dim=1) == 1)
+
+
+SAMPLE_SUMS = ("length", "truncated", "old_logp", "teacher_logp", "entropy", "sampler_gap")
+RESPONSE_SUMS = (*SAMPLE_SUMS, "reward", "reward_squared", "return", "return_first", "reference_logp")
+
+
+def sample_stats(sums_BK: Tensor) -> dict[str, float]:
+    """Turn the gathered sums of all ranks' samples into figures by log key.
+
+    ``policy/teacher_kl`` is nats per response, estimated by log pi_old - log pi_SFT on the samples; ``logp/*`` and the
+    entropy are per token.
+
+    Args:
+        sums_BK: Columns as in ``SAMPLE_SUMS``; further ones are left alone.
+    """
+    column = {name: sums_BK[:, index] for index, name in enumerate(SAMPLE_SUMS)}
+    length_B, num_tokens = column["length"], column["length"].sum()
+    token_mean = {name: float(values_B.sum() / num_tokens) for name, values_B in column.items()}
+    return {
+        "logp/old": token_mean["old_logp"],
+        "logp/teacher": token_mean["teacher_logp"],
+        "policy/entropy": token_mean["entropy"],
+        "policy/teacher_kl": float((column["old_logp"] - column["teacher_logp"]).mean()),
+        "response/length_mean": float(length_B.mean()),
+        "response/length_max": float(length_B.max()),
+        "response/truncated_share": float(column["truncated"].mean()),
+        "rollout/num_responses": float(len(sums_BK)),
+        "rollout/num_tokens": float(num_tokens),
+        "rollout/sampler_gap": token_mean["sampler_gap"],
+    }
 
 
 def rollout_stats(sums_BK: Tensor) -> dict[str, float]:
-    """Turn the gathered sums of all ranks' responses into figures by log key.
+    """Turn the gathered sums of all ranks' rewarded responses into figures by log key; see :func:`sample_stats`.
 
-    ``policy/teacher_kl`` is nats per response, estimated by log pi_old - log pi_SFT on the samples; ``logp/*`` and
-    ``reward/*`` are per token unless the key says ``sum``; ``reward/len_corr`` is Pearson's correlation between the
+    ``reward/*`` is per token unless the key says ``sum``; ``reward/len_corr`` is Pearson's correlation between the
     summed reward of a response and its length, 0 where either is constant.
     """
     column = {name: sums_BK[:, index] for index, name in enumerate(RESPONSE_SUMS)}
-    length_B, num_tokens, num_responses = column["length"], column["length"].sum(), len(sums_BK)
+    num_tokens = column["length"].sum()
     token_mean = {name: float(values_B.sum() / num_tokens) for name, values_B in column.items()}
     variance = max(token_mean["reward_squared"] - token_mean["reward"] ** 2, 0.0)
     return {
@@ -213,20 +274,11 @@ def rollout_stats(sums_BK: Tensor) -> dict[str, float]:
         "reward/std": variance**0.5,
         "reward/sum_mean": float(column["reward"].mean()),
         "reward/sum_std": float(column["reward"].std(correction=0)),
-        "reward/len_corr": _correlation(column["reward"], length_B),
+        "reward/len_corr": _correlation(column["reward"], column["length"]),
         "return/mean": token_mean["return"],
         "return/first_mean": float(column["return_first"].mean()),
-        "logp/old": token_mean["old_logp"],
-        "logp/teacher": token_mean["teacher_logp"],
         "logp/reference": token_mean["reference_logp"],
-        "policy/entropy": token_mean["entropy"],
-        "policy/teacher_kl": float((column["old_logp"] - column["teacher_logp"]).mean()),
-        "response/length_mean": float(length_B.mean()),
-        "response/length_max": float(length_B.max()),
-        "response/truncated_share": float(column["truncated"].mean()),
-        "rollout/num_responses": float(num_responses),
-        "rollout/num_tokens": float(num_tokens),
-        "rollout/sampler_gap": token_mean["sampler_gap"],
+        **sample_stats(sums_BK),
     }
 
 

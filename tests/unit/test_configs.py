@@ -14,6 +14,7 @@ import dpr_lightning.main
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.advantages import WhitenedAdvantage
 from dpr_lightning.functional.losses import ClippedPolicyLoss
+from dpr_lightning.functional.pair_losses import BernoulliGSILLoss, SPINLoss
 from dpr_lightning.functional.rewards import DenseReward
 from dpr_lightning.main import CommandLine, command_line
 
@@ -49,7 +50,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def teacher(recipe: str) -> list[str]:
-    return ["--model.teacher=somewhere"] if recipe == "dpr" else []
+    return [] if recipe == "sft" else ["--model.teacher=somewhere"]
 
 
 def name(path: Path) -> str:
@@ -73,7 +74,7 @@ def class_paths(node: Any) -> list[str]:
 
 
 def test_listing_is_complete() -> None:
-    assert {name(path) for path in AXES["recipe"]} == {"sft", "dpr"}
+    assert {name(path) for path in AXES["recipe"]} == {"sft", "dpr", "spin", "gsil"}
     assert {name(path) for path in AXES["hardware"]} == {"cpu", "gpu1", "gpu8"}
     families = {"tiny", "llama3.1_8b", "qwen2.5_7b", "mistral_7b_v0.1", "gemma3_4b", "smollm2_135m"}
     assert {name(path) for path in AXES["backbone"]} == families
@@ -91,11 +92,11 @@ def test_every_combination_parses_for_fit(parse: Any, files: tuple[Path, ...]) -
     # A list in an overlay would replace base.yaml's; each recipe adds to them.
     callbacks = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
     assert {"RunCheckpoint", "HFExport", "Throughput", "Progress", "PredictionWriter"} <= set(callbacks)
-    assert {"sft": "ReferenceSnapshot", "dpr": "RolloutTable"}[name(recipe)] in callbacks
+    assert {"sft": "ReferenceSnapshot"}.get(name(recipe), "RolloutTable") in callbacks
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
-@pytest.mark.parametrize("recipe", ["sft", "dpr"])
+@pytest.mark.parametrize("recipe", ["sft", "dpr", "spin", "gsil"])
 def test_other_subcommands_read_the_same_files(parse: Any, subcommand: str, recipe: str) -> None:
     files = [CONFIGS / f"{part}.yaml" for part in (f"recipe/{recipe}", "backbone/tiny", "hardware/cpu")]
     config = parse(subcommand, files, *teacher(recipe))
@@ -154,6 +155,43 @@ def test_dpr_recipe_is_the_papers(parse: Any) -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.0, 1.0, 0, 1024)
     # 97 x 1024 = 99,328: the last rollout batch that 100,000 prompts fill without a repeat.
     assert trainer.max_epochs * data.prompts_per_rollout <= 100_000 < (trainer.max_epochs + 1) * 1024
+
+
+def test_spin_recipe_is_the_papers(parse: Any) -> None:
+    # ALGORITHM.md section 5 (arXiv 2401.01335, appendix; uclaml/SPIN's scripts).
+    files = [CONFIGS / f"{part}.yaml" for part in ("recipe/spin", "backbone/tiny", "hardware/cpu")]
+    config = parse("fit", files, "--model.teacher=somewhere")
+    model, data, trainer = config.model.init_args, config.data.init_args, config.trainer
+    check_rmsprop(model)
+    loss = build(model.loss)
+    assert (type(loss), loss.beta) == (SPINLoss, [0.1, 0.1, 0.1, 5.0])
+    rates = [model.optimizer.init_args.lr * share for share in model.iteration_rates]
+    assert rates == pytest.approx([5e-7, 5e-7, 1e-7, 1e-7])
+    assert trainer.max_epochs == 4
+    assert (data.global_batch_size, data.passes_per_rollout, data.keep_previous) == (64, 2, True)
+    assert (data.prompts_per_rollout, data.sampling.temperature) == (None, 1.0)
+    assert model.warmup_ratio == 0.1
+
+
+def test_gsil_recipe_is_the_papers(parse: Any) -> None:
+    # ALGORITHM.md section 5 (arXiv 2410.10093; tengxiao1/GSIL's scripts).
+    files = [CONFIGS / f"{part}.yaml" for part in ("recipe/gsil", "backbone/tiny", "hardware/cpu")]
+    config = parse("fit", files, "--model.teacher=somewhere")
+    model, data, trainer = config.model.init_args, config.data.init_args, config.trainer
+    check_rmsprop(model)
+    loss = build(model.loss)
+    assert (type(loss), loss.scale, loss.shift) == (BernoulliGSILLoss, 0.01, 2.0)
+    assert (trainer.max_epochs, model.iteration_rates) == (1, None)
+    assert (data.global_batch_size, data.passes_per_rollout, data.keep_previous) == (128, 1, False)
+    assert (data.prompts_per_rollout, data.sampling.temperature) == (None, 0.0)
+
+
+def check_rmsprop(model: Any) -> None:
+    assert model.optimizer.class_path == "torch.optim.RMSprop"
+    settings = model.optimizer.init_args
+    # Those of transformers' Trainer, which both repositories use.
+    assert (settings.lr, settings.alpha, settings.eps, settings.momentum) == (5e-7, 0.99, 1e-8, 0.0)
+    assert (settings.weight_decay, settings.centered, model.min_lr_ratio) == (0.0, False, 0.0)
 
 
 def build(node: Any) -> Any:

@@ -11,8 +11,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
+from dpr_lightning.callbacks.policy_health import PolicyHealth
 from dpr_lightning.callbacks.rollout_table import RolloutTable, escape, markdown_table, pick_rows
+from dpr_lightning.callbacks.throughput import Throughput
 from dpr_lightning.errors import UserError
+from dpr_lightning.types import PairExperience
 
 HOSTILE = [
     "a | b | c",
@@ -100,6 +103,33 @@ def test_shows_rollouts_in_tensorboard(
     assert (histograms["reward/token_hist"].num, histograms["reward/token_hist"].sum) == (6, -0.5)
     assert (histograms["response/length_hist"].num, histograms["response/length_hist"].sum) == (2, 6)
     assert (histograms["return/first_hist"].num, histograms["return/first_hist"].sum) == (2, -0.5)
+
+
+def test_samples_of_pairs_are_ranked_by_their_lead(
+    tmp_path: Path, toy: Any, toy_rollouts: Any, trainer_in: Any, experience_of: Any
+) -> None:
+    plain = experience_of(["ask", "a"], ["yes$", "no"], [0.0, 0.0])
+    pairs = PairExperience(
+        rollouts=plain.rollouts,
+        previous=plain.rollouts,
+        # The last two are of the iteration before, and not shown.
+        demonstration_logp_P=torch.tensor([-1.0, -5.0, 0.0, 0.0]).double(),
+        sample_logp_P=torch.tensor([-3.5, -4.0, 9.0, -9.0]).double(),
+        # There is no reward, so no correlation of it either.
+        stats={name: value for name, value in plain.stats.items() if not name.startswith("reward/")},
+        seconds=plain.seconds,
+    )
+    logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    trainer = trainer_in(tmp_path, RolloutTable(), PolicyHealth(), Throughput(), max_epochs=1, logger=logger)
+    trainer.fit(toy(), datamodule=toy_rollouts([pairs]))
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "histograms": 0})
+    events.Reload()
+    rows = events.Tensors("rollout/samples/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
+    assert rows[0] == "| chosen as | prompt | response | lead over demonstration | tokens | truncated |"
+    assert rows[2:] == ["| best | a | no | 1.000 | 2 | yes |", "| worst | ask | yes&#36; | -2.500 | 4 | no |"]
+    assert events.Tags()["histograms"] == ["response/length_hist"]
+    scalars = events.Tags()["scalars"]
+    assert {"response/length_ratio", "policy/entropy_ratio", "time/rollout", "time/score"} <= set(scalars)
 
 
 def test_does_nothing_without_tensorboard_or_rollouts(

@@ -8,8 +8,10 @@ import pytest
 
 from dpr_lightning.evaluation.statistics import (
     bootstrap_interval,
+    mean_estimate,
     paired_difference,
-    ranking_accuracy,
+    ratio_interval,
+    share_estimate,
     student_t_quantile,
     wilson_interval,
     win_rate,
@@ -136,19 +138,37 @@ def test_win_rate_refuses_what_cannot_be_compared() -> None:
         win_rate([float("nan")], [1.0])
 
 
-def test_ranking_accuracy_by_hand() -> None:
-    # Prompt 4: right 3, 1 against wrong 2, 1: 3>2, 3>1 right; 1<2 wrong; 1=1 half: 2.5 of 4.
-    # Prompt 9: right 5 against wrong 6: wrong. Prompt 2 has no wrong response: no pairs.
-    scores = [3.0, 5.0, 2.0, 1.0, 6.0, 1.0, 8.0]
-    is_correct = [True, True, False, True, False, False, True]
-    prompts = [4, 9, 4, 4, 9, 4, 2]
-    ranking = ranking_accuracy(scores, is_correct, prompts)
-    assert (ranking.value, ranking.num_pairs, ranking.num_prompts) == (2.5 / 5, 5, 2)
+def test_ratio_interval_of_two_prompts_is_a_known_distribution() -> None:
+    # Prompts 3 of 4 and 0 of 1: a resample has 3/4 (1 in 4), 3/5 (1 in 2) or 0 (1 in 4).
+    interval = ratio_interval([3.0, 0.0], [4.0, 1.0])
+    assert (interval.low, interval.high) == (0.0, 0.75)
+    inner = ratio_interval([3.0, 0.0], [4.0, 1.0], confidence=0.4)
+    assert (inner.low, inner.high) == (0.6, 0.6)
 
 
-def test_ranking_accuracy_without_pairs_or_of_uneven_input() -> None:
-    ranking = ranking_accuracy([1.0, 2.0], [True, False], [0, 1])
-    assert math.isnan(ranking.value)
-    assert (ranking.num_pairs, ranking.num_prompts) == (0, 0)
-    with pytest.raises(ValueError, match="lengths differ"):
-        ranking_accuracy([1.0], [True, False], [0, 1])
+def test_ratio_interval_of_equal_denominators_is_that_of_the_mean() -> None:
+    values = [0.1, 0.9, 0.4, 0.7, 0.2]
+    ratio, mean = ratio_interval(values, [1.0] * 5), bootstrap_interval(values)
+    assert (ratio.low, ratio.high) == pytest.approx((mean.low, mean.high))
+
+
+def test_ratio_interval_refuses() -> None:
+    with pytest.raises(ValueError, match="not positive"):
+        ratio_interval([1.0], [0.0])
+    with pytest.raises(ValueError, match="two equally long lists"):
+        ratio_interval([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="two equally long lists"):
+        ratio_interval([], [])
+
+
+def test_share_estimate_weighs_prompts_alike_and_never_claims_certainty() -> None:
+    # Prompt 0: 1 of 2; prompt 1: 1 of 1. Mean of prompt means 0.75.
+    assert share_estimate([1.0, 0.0, 1.0], prompt_index=[0, 0, 1]).value == 0.75
+    every = share_estimate([1.0] * 10)
+    assert (every.value, every.high, every.n) == (1.0, 1.0, 10)
+    assert every.low == pytest.approx(1 - 0.277533, abs=1e-6)
+
+
+def test_mean_estimate_of_a_constant_is_that_constant() -> None:
+    estimate = mean_estimate([-2.0, -2.0, -2.0])
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (-2.0, -2.0, -2.0, 3)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from dpr_lightning.models.backbone import BackboneConfig, check_lm_head
 from dpr_lightning.models.policies import (
     CausalPolicy,
     FrozenPair,
+    FrozenTeacher,
     check_same_vocabulary,
     find_frozen_pair,
+    find_teacher,
     load_policy,
     scatter_tokens,
 )
@@ -201,6 +204,20 @@ def test_find_frozen_pair_takes_the_runs_own_snapshot(run: Path) -> None:
     assert pair.manifest["data"] == {"template": "t"}
     assert find_frozen_pair(str(run), None, alpha=0.25).reference == str(run / "reference" / "alpha_0.25")
     assert find_frozen_pair(str(run), "org/other").reference == "org/other"
+
+
+def test_find_teacher_needs_no_snapshot(run: Path) -> None:
+    shutil.rmtree(run / "reference")
+    found = find_teacher(str(run))
+    assert found.teacher == str(run / "final")
+    assert found.manifest is not None
+    assert found.manifest["data"] == {"template": "t"}
+    # One of our directories by itself, and another trainer's or a hub name.
+    assert find_teacher(str(run / "final")).manifest == found.manifest
+    assert find_teacher("org/model") == FrozenTeacher(teacher="org/model", manifest=None)
+    (run / "final" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"without a finished 'final/' directory.*--ckpt_path last"):
+        find_teacher(str(run))
 
 
 def test_find_frozen_pair_refuses_an_unfinished_run(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs short SFT and DPR fits and keeps what must not depend on the number of processes; a process of its own, or not.
+"""Runs short SFT, DPR and SPIN fits and keeps what must not depend on the number of processes; a process of its own, or not.
 
 As a script it is one rank: torchrun's environment says which. Arguments: output file, teacher, reference, data.
 """
@@ -17,14 +17,16 @@ from lightning import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from dpr_lightning.data.demonstrations import DemonstrationConfig
+from dpr_lightning.data.pair_datamodule import PairDataModule
 from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.data.sft_datamodule import SFTDataModule
 from dpr_lightning.errors import NonFiniteError
 from dpr_lightning.models.backbone import BackboneConfig
 from dpr_lightning.modules.dpr import DPRModule
+from dpr_lightning.modules.pairs import PairModule
 from dpr_lightning.modules.sft import SFTModule
 from dpr_lightning.rollout.sampler import Samples
-from dpr_lightning.types import SamplingConfig
+from dpr_lightning.types import Experience, SamplingConfig
 
 
 class PromptSampler:
@@ -61,7 +63,7 @@ class Keep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.counts.append((batch.num_tokens, getattr(batch, "num_sequences", 0)))
+        self.counts.append((getattr(batch, "num_tokens", 0), getattr(batch, "num_sequences", 0)))
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -107,14 +109,15 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int) -> dict[str, Any
         mask_BT = experience.rollouts.response_mask_BT
         found |= {
             "prompts": experience.rollouts.prompt_index_B.tolist(),
-            "advantages": [row[mask] for row, mask in zip(experience.advantage_BT, mask_BT, strict=True)],
             "stats": experience.stats,
         }
+        if isinstance(experience, Experience):
+            found["advantages"] = [row[mask] for row, mask in zip(experience.advantage_BT, mask_BT, strict=True)]
     return found
 
 
 def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, dict[str, Any]]:
-    """Return what SFT, DPR with one optimizer step and DPR with two did, and how two ranks stopped at a NaN of one."""
+    """Return what SFT, DPR with one optimizer step and with two, and SPIN did, and how two ranks stopped at a NaN."""
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1), "warmup_ratio": 0.0}
     demonstrations = DemonstrationConfig(source=source)
 
@@ -127,6 +130,17 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
         )
         return fit(module, data, root=root, world_size=world_size)
 
+    def pairs() -> dict[str, Any]:
+        module = PairModule(teacher, backbone=BackboneConfig(name_or_path="unused"), sampler=PromptSampler(), **sgd)
+        data = PairDataModule(
+            demonstrations=demonstrations,
+            prompts_per_rollout=16,
+            keep_previous=True,
+            global_batch_size=16,
+            micro_batch_size=4,
+        )
+        return fit(module, data, root=root, world_size=world_size) | {"tokens": module.total_token_counts()}
+
     # 24 rows in steps of 10: the last step is incomplete, and one rank gets more of it than the other.
     def sft() -> tuple[SFTModule, SFTDataModule]:
         module = SFTModule(backbone=BackboneConfig(name_or_path=teacher), **sgd)
@@ -136,6 +150,7 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
         "sft": fit(*sft(), root=root, world_size=world_size),
         "dpr_one_step": dpr(16),
         "dpr_two_steps": dpr(8),
+        "pairs": pairs(),
     }
     if world_size > 1:
         try:

@@ -77,10 +77,14 @@ def test_there_were_two_ranks(found: tuple[dict[str, Any], list[dict[str, Any]]]
         assert ranks[0][stage]["loss_scale"] == one[stage]["loss_scale"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpr_one_step"])
+@pytest.mark.parametrize("stage", ["sft", "dpr_one_step", "pairs"])
 def test_the_same_steps_are_taken(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     one, ranks = found
-    keys = ("train/loss",) if stage == "sft" else ("policy/loss", "policy/ratio_mean")
+    keys = {
+        "sft": ("train/loss",),
+        "dpr_one_step": ("policy/loss", "policy/ratio_mean"),
+        "pairs": ("policy/loss", "pairs/margin"),
+    }[stage]
     for rank in ranks:
         assert len(rank[stage]["metrics"]) == len(one[stage]["metrics"]) == (3 if stage == "sft" else 1)
         for step, metrics in enumerate(one[stage]["metrics"]):
@@ -128,6 +132,15 @@ def test_denominators_are_of_the_whole_step(stage: str, found: tuple[dict[str, A
         assert part[stage]["counts"] == [count for count in steps for _ in range(accumulation)]
         assert sum(tokens for tokens, _ in steps) == num_tokens
         assert {sequences for _, sequences in steps} == {16 // len(steps)}
+
+
+def test_pairs_are_those_of_one_process(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    assert ranks[0]["pairs"]["prompts"] + ranks[1]["pairs"]["prompts"] == one["pairs"]["prompts"]
+    for rank in ranks:
+        assert rank["pairs"]["tokens"] == one["pairs"]["tokens"]
+        for name, value in one["pairs"]["stats"].items():
+            assert rank["pairs"]["stats"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def test_one_ranks_nan_stops_both(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:

@@ -1,0 +1,155 @@
+"""What the methods share that start from an SFT teacher and learn from the policy's own samples."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from dpr_lightning.data.prompts import PromptBatch
+from dpr_lightning.data.tokenization import pad_id
+from dpr_lightning.evaluation.verifiers import Verifier
+from dpr_lightning.models.policies import CausalPolicy, FrozenTeacher, find_teacher, load_policy
+from dpr_lightning.modules.base import CausalLMModule
+from dpr_lightning.rollout.scoring import make_rollouts
+from dpr_lightning.types import RolloutBatch, SampledExperience
+
+
+class OnPolicyModule(CausalLMModule):
+    """A policy that starts as pi_SFT and learns from its own samples; subclasses say with which loss.
+
+    Args:
+        teacher: A run of SFT of ours, or any transformers directory or hub name: pi_SFT, and the start of the policy.
+        score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
+        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out. A
+            truncated response is wrong.
+        kwargs: See ``CausalLMModule``.
+    """
+
+    experience_type: ClassVar[type[SampledExperience]]
+    """What this method keeps of an epoch's samples."""
+    frozen: dict[str, CausalPolicy]
+    """The teacher, and what else is never trained, by name."""
+
+    def __init__(
+        self,
+        teacher: str,
+        score_micro_batch_size: int | None = None,
+        verifier: Verifier | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher
+        self.score_micro_batch_size = score_micro_batch_size
+        self.verifier = verifier
+        self._found_teacher: FrozenTeacher | None = None
+        # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
+        self.__dict__["frozen"] = {}
+        self.evaluation_metrics = torch.nn.ModuleDict(
+            {name: MeanMetric() for name in ("teacher_kl", "length", "truncated_share", "accuracy")}
+        )
+
+    @property
+    def found_teacher(self) -> FrozenTeacher:
+        """Where the teacher lies; checked on first use, before any weights are read."""
+        if self._found_teacher is None:
+            self._found_teacher = find_teacher(self.teacher)
+        return self._found_teacher
+
+    @property
+    def initial_weights(self) -> str:
+        """The teacher: the policy starts as pi_SFT."""
+        return self.found_teacher.teacher
+
+    @property
+    def teacher_manifest(self) -> dict[str, Any] | None:
+        """What the teacher's run recorded of its data and template; None for another trainer's model."""
+        return self.found_teacher.manifest
+
+    @property
+    def frozen_sources(self) -> dict[str, str]:
+        """Where each frozen policy lies, by name."""
+        return {"teacher": self.found_teacher.teacher}
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.frozen or self.trainer.state.fn == "predict":
+            return
+        for name, source in self.frozen_sources.items():
+            policy = load_policy(source, self.backbone, chunk_size=self.logprob_chunk_size)
+            self.frozen[name] = policy.freeze()
+
+    def frozen_policy(self, name: str) -> CausalPolicy:
+        """Return a frozen policy on this module's device; Lightning moves only what is in the tree."""
+        policy = self.frozen[name]
+        if policy.model.device != self.device:
+            policy.to(self.device)
+        return policy
+
+    @property
+    def scoring_rows(self) -> int:
+        """Rows of one scoring forward."""
+        if self.score_micro_batch_size is not None:
+            return self.score_micro_batch_size
+        return 2 * int(getattr(self.trainer.datamodule, "micro_batch_size", 8))  # type: ignore[attr-defined]
+
+    def reduce_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over all ranks."""
+        reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.to(value.device)
+
+    def _gather(self, rows_BK: Tensor) -> Tensor:
+        """Return the rows of all ranks."""
+        gathered = self.all_gather(rows_BK.to(self.device))
+        assert isinstance(gathered, Tensor)
+        return gathered.reshape(-1, rows_BK.shape[1]).to(rows_BK.device)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Log the figures of the epoch's rollouts once, at x = the optimizer steps that made the policy of them."""
+        experience = getattr(self.trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
+        if experience is None:
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics(experience.stats, step=self.trainer.global_step)
+        # For checkpoints that watch a figure, and for the progress bar. The figures are of all ranks already; syncing
+        # changes nothing, but without it Lightning warns of each.
+        self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+
+    @override
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def evaluation_scores(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
+        """Return [B] figures of held-out answers, each under a name of ``evaluation_metrics``."""
+        raise NotImplementedError
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
+        """Answer held-out prompts; log the method's figures of the answers, and the verifier's word."""
+        samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
+        rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=pad_id(self.tokenizer))
+        values = {
+            **self.evaluation_scores(rollouts),
+            "length": rollouts.response_mask_BT.sum(dim=1).float(),
+            "truncated_share": rollouts.is_truncated_B.float(),
+        }
+        if self.verifier is not None:
+            verdicts = [
+                not is_truncated and self.verifier(row, self.decode(ids))
+                for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
+            ]
+            values["accuracy"] = torch.tensor(verdicts, dtype=torch.float32)
+        for name, values_B in values.items():
+            metric = self.evaluation_metrics[name]
+            assert isinstance(metric, MeanMetric)
+            metric.update(values_B.to(self.device))
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)
