@@ -1,4 +1,4 @@
-"""Alarms for a policy that drifts: reward paid for length, vanishing EOS or entropy, distance to the teacher."""
+"""Guards against a policy that drifts: reward paid for length or collapsing, vanishing EOS or entropy, distance."""
 
 from __future__ import annotations
 
@@ -13,23 +13,35 @@ from typing_extensions import override
 from dpr_lightning.callbacks.experience import log_now, running_experience
 from dpr_lightning.errors import UserError
 
+GUARDS = ("len_corr", "length", "eos", "entropy", "teacher_kl", "reward", "spread")
+"""Kinds of trouble, as ``stop_on`` names them and ``guard/*`` logs them."""
+_COMPARED = ("response/length_mean", "response/truncated_share", "policy/entropy", "reward/sum_mean", "reward/sum_std")
+"""Figures whose first values are kept."""
+
 
 class PolicyHealth(Callback):
     """Looks at each rollout batch, warns once per kind of trouble, and can stop the run.
 
-    Compared with the run's first rollout are length, share of responses that end by EOS, and entropy; logged are
-    ``response/length_ratio``, ``response/eos_share`` and ``policy/entropy_ratio``. All figures are of all ranks.
+    Compared with the run's first rollout are length, share of responses that end by EOS, entropy and reward; logged
+    are ``response/length_ratio``, ``response/eos_share``, ``policy/entropy_ratio``, and for each kind of trouble
+    ``guard/<kind>``: 1 while it lasts, 0 otherwise. All figures are of all ranks. A method without some figure, such as
+    SPIN without rewards, goes without its guards.
 
     Args:
-        max_len_corr: Warn when the reward of a response correlates with its length more than this, in either
-            direction. Above it, longer (or shorter) answers are the easiest way to more reward. Methods without a
-            reward have no such figure.
-        max_length_ratio: Warn when the mean length is more than this many times the first rollout's, or less than one
-            part in this many of it.
-        max_eos_drop: Warn when the share of responses that end by EOS is this much below the first rollout's.
-        min_entropy_ratio: Warn when the entropy per token falls below this share of the first rollout's.
-        teacher_kl_budget: Warn when the KL to the teacher, in nats per response, exceeds this; None leaves it out.
-        max_teacher_kl: Stop the run, before any update on that rollout, when the KL exceeds this; None never does.
+        max_len_corr: ``len_corr``: the reward of a response correlates with its length more than this, in either
+            direction. Above it, longer (or shorter) answers are the easiest way to more reward.
+        max_length_ratio: ``length``: the mean length is more than this many times the first rollout's, or less than
+            one part in this many of it.
+        max_eos_drop: ``eos``: the share of responses that end by EOS is this much below the first rollout's.
+        min_entropy_ratio: ``entropy``: the entropy per token falls below this share of the first rollout's.
+        teacher_kl_budget: ``teacher_kl``: the KL to the teacher exceeds this, in nats per response; None sets no bound.
+        max_reward_drop: ``reward``: the mean reward of a response lies this many standard deviations of the first
+            rollout's responses below the first rollout's mean. Training raises it, unless the steps are too large.
+        min_spread_ratio: ``spread``: the standard deviation of the responses' reward falls below this share of the
+            first rollout's; whitened advantages are then mostly noise.
+        stop_on: Kinds of trouble on which the run stops, before any update on the rollout that shows it; none by
+            default.
+        patience: Rollouts in a row that must show it.
     """
 
     def __init__(
@@ -39,7 +51,10 @@ class PolicyHealth(Callback):
         max_eos_drop: float = 0.1,
         min_entropy_ratio: float = 0.3,
         teacher_kl_budget: float | None = None,
-        max_teacher_kl: float | None = None,
+        max_reward_drop: float = 1.0,
+        min_spread_ratio: float = 0.1,
+        stop_on: list[str] | None = None,
+        patience: int = 1,
     ) -> None:
         super().__init__()
         bounds: dict[str, tuple[float | None, float, float]] = {
@@ -48,30 +63,48 @@ class PolicyHealth(Callback):
             "max_eos_drop": (max_eos_drop, 0.0, 1.0),
             "min_entropy_ratio": (min_entropy_ratio, 0.0, 1.0),
             "teacher_kl_budget": (teacher_kl_budget, 0.0, math.inf),
-            "max_teacher_kl": (max_teacher_kl, 0.0, math.inf),
+            "max_reward_drop": (max_reward_drop, 0.0, math.inf),
+            "min_spread_ratio": (min_spread_ratio, 0.0, 1.0),
+            "patience": (patience, 1, math.inf),
         }
         for name, (value, low, high) in bounds.items():
             if value is not None and not low <= value <= high:
                 raise UserError(
                     f"trainer.callbacks.PolicyHealth.{name}: found {value}; give a number from {low:g} to {high:g}"
                 )
+        for kind in stop_on or []:
+            if kind not in GUARDS:
+                raise UserError(
+                    f"trainer.callbacks.PolicyHealth.stop_on: found '{kind}'; there are {', '.join(GUARDS)}"
+                )
+            if kind == "teacher_kl" and teacher_kl_budget is None:
+                raise UserError(
+                    "trainer.callbacks.PolicyHealth.stop_on: found 'teacher_kl' without a bound; set teacher_kl_budget"
+                )
         self.max_len_corr = max_len_corr
         self.max_length_ratio = max_length_ratio
         self.max_eos_drop = max_eos_drop
         self.min_entropy_ratio = min_entropy_ratio
         self.teacher_kl_budget = teacher_kl_budget
-        self.max_teacher_kl = max_teacher_kl
+        self.max_reward_drop = max_reward_drop
+        self.min_spread_ratio = min_spread_ratio
+        self.stop_on = list(stop_on or [])
+        self.patience = patience
         self.first: dict[str, float] = {}
         """What the run's first rollout looked like, by log key."""
         self.warned: set[str] = set()
+        self.in_a_row: dict[str, int] = {}
+        """Rollouts in a row that showed each kind of trouble, the last one included."""
+        self.stop_reason: str | None = None
+        """Why this callback stopped the run; for the run's record."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse bounds under which Lightning would train on where this callback stops."""
-        if stage == "fit" and self.max_teacher_kl is not None and (trainer.min_epochs or trainer.min_steps):
+        if stage == "fit" and self.stop_on and (trainer.min_epochs or trainer.min_steps):
             raise UserError(
-                "trainer.min_epochs and trainer.min_steps: they keep a run going that PolicyHealth.max_teacher_kl "
-                "stops; leave them out, or leave max_teacher_kl out"
+                "trainer.min_epochs and trainer.min_steps: they keep a run going that PolicyHealth.stop_on stops; "
+                "leave them out, or leave stop_on out"
             )
 
     @override
@@ -82,19 +115,23 @@ class PolicyHealth(Callback):
         # The figures are gathered over all ranks, so every rank decides alike.
         stats = experience.stats
         if not self.first:
-            self.first = {
-                key: stats[key] for key in ("response/length_mean", "response/truncated_share", "policy/entropy")
-            }
-        log_now(trainer, self.ratios(stats))
-        for kind, message in self.alarms(stats):
+            self.first = {key: stats[key] for key in _COMPARED if key in stats}
+        alarms = dict(self.alarms(stats))
+        log_now(trainer, self.ratios(stats) | {f"guard/{kind}": float(kind in alarms) for kind in GUARDS})
+        self.in_a_row = {kind: self.in_a_row.get(kind, 0) + 1 for kind in alarms}
+        for kind, message in alarms.items():
             if kind not in self.warned:
                 self.warned.add(kind)
                 rank_zero_warn(f"Optimizer step {trainer.global_step}: {message}")
-        if self.max_teacher_kl is not None and not stats["policy/teacher_kl"] <= self.max_teacher_kl:
+        lasting = [kind for kind in self.stop_on if self.in_a_row.get(kind, 0) >= self.patience]
+        if lasting:
+            kind = lasting[0]
+            self.stop_reason = (
+                f"PolicyHealth.stop_on '{kind}' after {self.in_a_row[kind]} rollouts in a row: {alarms[kind]}"
+            )
             rank_zero_warn(
-                f"The run stops at optimizer step {trainer.global_step}: the KL to the teacher is "
-                f"{stats['policy/teacher_kl']:.3g} nats per response, above PolicyHealth.max_teacher_kl = "
-                f"{self.max_teacher_kl:g}; lower the learning rate, or in DPR raise model.kl_in_reward, to go further"
+                f"The run stops at optimizer step {trainer.global_step}: {self.stop_reason}; to go further, lower the "
+                f"learning rate, in DPR raise model.kl_in_reward, or take '{kind}' out of stop_on"
             )
             trainer.should_stop = True
 
@@ -137,15 +174,31 @@ class PolicyHealth(Callback):
                 f"the KL to the teacher is {stats['policy/teacher_kl']:.3g} nats per response, above "
                 f"PolicyHealth.teacher_kl_budget = {self.teacher_kl_budget:g}",
             )
+        if "reward/sum_mean" not in stats or "reward/sum_mean" not in self.first:
+            return
+        first_mean, first_std = self.first["reward/sum_mean"], self.first["reward/sum_std"]
+        if not stats["reward/sum_mean"] >= first_mean - self.max_reward_drop * first_std:
+            yield (
+                "reward",
+                f"responses get {stats['reward/sum_mean']:.3g} nats of reward on average; in the first rollout it was "
+                f"{first_mean:.3g}, with a standard deviation of {first_std:.3g}",
+            )
+        if stats["reward/sum_std"] < self.min_spread_ratio * first_std:
+            yield (
+                "spread",
+                f"the reward of responses spreads by {stats['reward/sum_std']:.3g} nats; in the first rollout it was "
+                f"{first_std:.3g}: what is left to learn from is mostly noise",
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self.first), "warned": sorted(self.warned)}
+        return {"first": dict(self.first), "warned": sorted(self.warned), "in_a_row": dict(self.in_a_row)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.first = dict(state_dict["first"])
         self.warned = set(state_dict["warned"])
+        self.in_a_row = dict(state_dict["in_a_row"])
 
 
 def _ratio(value: float, first: float) -> float:

@@ -61,7 +61,9 @@ class RunRecorder(SaveConfigCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record_end(trainer, "interrupted" if trainer.interrupted else "finished", "")
+        stopped = [getattr(callback, "stop_reason", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        reason = "; ".join(found for found in stopped if found)
+        self._record_end(trainer, "interrupted" if trainer.interrupted else "finished", reason)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -125,8 +125,8 @@ def read_experiment(path: Path) -> Experiment:
     experiment = Experiment(**{item.name: found[item.name] for item in dataclasses.fields(Experiment)})
     experiment = dataclasses.replace(
         experiment,
-        teacher=dataclasses.replace(experiment.teacher, **flags["teacher"]),
-        runs={name: dataclasses.replace(run, **flags[f"runs.{name}"]) for name, run in experiment.runs.items()},
+        teacher=_with_flags(experiment.teacher, flags["teacher"]),
+        runs={name: _with_flags(run, flags[f"runs.{name}"]) for name, run in experiment.runs.items()},
     )
     if len(set(experiment.seeds)) != len(experiment.seeds) or not experiment.seeds:
         raise UserError(f"seeds: found {experiment.seeds}; give one or more different seeds")
@@ -160,6 +160,10 @@ def _run_specs(raw: Mapping[str, Any]) -> dict[str, Any]:
     runs = raw.get("runs")
     named = {f"runs.{name}": spec for name, spec in runs.items()} if isinstance(runs, dict) else {}
     return {"teacher": raw.get("teacher"), **named}
+
+
+def _with_flags(run: RunSpec, flags: dict[str, dict[str, Any]]) -> RunSpec:
+    return dataclasses.replace(run, settings=flags["settings"], grid=flags["grid"])
 
 
 def _take_flags(name: str, spec: Any) -> dict[str, dict[str, Any]]:

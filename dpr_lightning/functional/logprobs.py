@@ -181,8 +181,7 @@ class StateExpectations:
 def state_expectations(
     old: tuple[Tensor, LMHead],
     teacher: tuple[Tensor, LMHead],
-    reference: tuple[Tensor, LMHead],
-    *,
+    *references: tuple[Tensor, LMHead],
     low: float = -math.inf,
     high: float = math.inf,
     chunk_size: int = 1024,
@@ -192,23 +191,29 @@ def state_expectations(
     Args:
         old: Hidden states [N, D] and output layer of the policy that acts.
         teacher: The same of pi_SFT at the same states; D may differ, V may not.
-        reference: The same of pi_ref.
+        references: The same of pi_ref; of several, the mean log-probability counts.
         low: The log-ratio is raised to this where it lies below.
         high: And lowered to this where it lies above.
         chunk_size: States whose [chunk, V] logits exist at one time, once for each policy.
 
     Raises:
-        ValueError: ``chunk_size`` is below 1.
+        ValueError: ``chunk_size`` is below 1, or there is no reference.
     """
     _check_chunk_size(chunk_size)
+    if not references:
+        raise ValueError("need at least one reference")
     hidden_ND = old[0]
     log_ratio_N = torch.empty(hidden_ND.shape[0], dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
     teacher_kl_N = torch.empty_like(log_ratio_N)
     for start in range(0, hidden_ND.shape[0], chunk_size):
         part = slice(start, start + chunk_size)
-        old_logp_CV, teacher_logp_CV, reference_logp_CV = (
-            head.logits(states_ND[part]).log_softmax(dim=-1) for states_ND, head in (old, teacher, reference)
+        old_logp_CV, teacher_logp_CV, reference_logp_CV, *others = (
+            head.logits(states_ND[part]).log_softmax(dim=-1) for states_ND, head in (old, teacher, *references)
         )
+        for other_CV in others:
+            reference_logp_CV += other_CV
+        if others:
+            reference_logp_CV /= len(references)
         old_prob_CV = old_logp_CV.exp()
         ratio_CV = (teacher_logp_CV - reference_logp_CV).clamp_(low, high)
         log_ratio_N[part] = torch.linalg.vecdot(old_prob_CV, ratio_CV)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, token_logprobs
@@ -112,10 +113,16 @@ class FrozenTeacher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenPair(FrozenTeacher):
-    """The same of the teacher and its reference pi_ref."""
+    """The same of the teacher and its reference pi_ref, or several that are averaged."""
 
-    reference: str
-    """Transformers directory or hub name of pi_ref."""
+    references: tuple[str, ...]
+    """Transformers directory or hub name of each."""
+
+    @property
+    def reference(self) -> str:
+        """The only reference."""
+        (only,) = self.references
+        return only
 
 
 def _is_run(directory: Path) -> bool:
@@ -144,13 +151,15 @@ def find_teacher(teacher: str) -> FrozenTeacher:
     return FrozenTeacher(teacher=str(final), manifest=read_manifest(final))
 
 
-def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5) -> FrozenPair:
-    """Resolve ``--model.teacher`` and ``--model.reference`` to two model directories or hub names.
+def find_frozen_pair(
+    teacher: str, reference: str | Sequence[str] | None, *, alpha: float | Sequence[float] = 0.5
+) -> FrozenPair:
+    """Resolve ``--model.teacher`` and ``--model.reference`` to model directories or hub names.
 
     Args:
         teacher: A finished SFT run of ours, or any transformers directory or hub name.
-        reference: The reference; None takes the snapshot at ``alpha`` from the teacher's run.
-        alpha: Which snapshot of the run to take, as a share of the SFT run's optimizer steps.
+        reference: The reference, or several; None takes the snapshots at ``alpha`` from the teacher's run.
+        alpha: Which snapshot of the run to take, or which several, as shares of the SFT run's optimizer steps.
 
     Raises:
         UserError: The run is unfinished or has no such snapshot, or a teacher that is no run came without reference.
@@ -163,37 +172,47 @@ def find_frozen_pair(teacher: str, reference: str | None, *, alpha: float = 0.5)
             "set model.reference to the half-training checkpoint"
         )
     found = find_teacher(teacher)
-    if reference is None:
+    if reference is not None:
+        references = (reference,) if isinstance(reference, str) else tuple(reference)
+    else:
         snapshots = sorted(path for path in (root / "reference").glob("alpha_*") if is_complete(path))
-        wanted = root / "reference" / f"alpha_{alpha:g}"
-        if wanted not in snapshots:
-            names = ", ".join(path.name for path in snapshots) or "none"
-            raise UserError(
-                f"model.alpha is {alpha:g}, but '{root / 'reference'}' holds {names}: set model.alpha to one of "
-                "them, or repeat SFT with this alpha in callbacks.ReferenceSnapshot"
-            )
-        reference = str(wanted)
-    return FrozenPair(teacher=found.teacher, reference=reference, manifest=found.manifest)
+        alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
+        wanted = [(share, root / "reference" / f"alpha_{share:g}") for share in alphas]
+        for share, path in wanted:
+            if path not in snapshots:
+                names = ", ".join(path.name for path in snapshots) or "none"
+                raise UserError(
+                    f"model.alpha is {share:g}, but '{root / 'reference'}' holds {names}: set model.alpha to one of "
+                    "them, or repeat SFT with this alpha in callbacks.ReferenceSnapshot"
+                )
+        references = tuple(str(path) for _, path in wanted)
+    if not references or len(set(references)) != len(references):
+        raise UserError(f"model.reference: found {list(references)}; give one or more different references")
+    return FrozenPair(teacher=found.teacher, references=references, manifest=found.manifest)
 
 
 def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
-    """Refuse a teacher and a reference whose log-probabilities do not speak of the same tokens.
+    """Refuse a teacher and references whose log-probabilities do not speak of the same tokens.
 
     Reads tokenizers and configurations only, no weights.
 
     Raises:
         UserError: Their tokenizers or vocabulary sizes differ.
     """
-    tokenizers = [load_tokenizer(name, backbone) for name in (pair.teacher, pair.reference)]
-    prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers]
-    if prints[0] != prints[1]:
-        raise UserError(
-            f"model.teacher '{pair.teacher}' ({len(tokenizers[0])} tokens) and model.reference '{pair.reference}' "
-            f"({len(tokenizers[1])} tokens) have different tokenizers; both must be checkpoints of one SFT run"
-        )
-    sizes = [load_config(name, backbone).get_text_config().vocab_size for name in (pair.teacher, pair.reference)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"model.teacher '{pair.teacher}' has a vocabulary of {sizes[0]} and model.reference '{pair.reference}' "
-            f"one of {sizes[1]}; both must be checkpoints of one SFT run"
-        )
+    tokenizer, size = _tokenizer_and_size(pair.teacher, backbone)
+    for reference in pair.references:
+        other, other_size = _tokenizer_and_size(reference, backbone)
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
+            raise UserError(
+                f"model.teacher '{pair.teacher}' ({len(tokenizer)} tokens) and model.reference '{reference}' "
+                f"({len(other)} tokens) have different tokenizers; both must be checkpoints of one SFT run"
+            )
+        if size != other_size:
+            raise UserError(
+                f"model.teacher '{pair.teacher}' has a vocabulary of {size} and model.reference '{reference}' "
+                f"one of {other_size}; both must be checkpoints of one SFT run"
+            )
+
+
+def _tokenizer_and_size(name: str, backbone: BackboneConfig) -> tuple[PreTrainedTokenizerBase, int]:
+    return load_tokenizer(name, backbone), load_config(name, backbone).get_text_config().vocab_size

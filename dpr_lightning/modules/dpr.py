@@ -34,8 +34,9 @@ class DPRModule(OnPolicyModule):
 
     Args:
         teacher: A run of SFT of ours, or any transformers directory or hub name: pi_SFT, and the start of the policy.
-        reference: pi_ref; None takes the snapshot at ``alpha`` from the teacher's run.
-        alpha: Which snapshot of the run is the reference, as a share of its optimizer steps.
+        reference: pi_ref; None takes the snapshot at ``alpha`` from the teacher's run. Of several, log-probabilities
+            are averaged, and with them r_hat; each is one more frozen model in memory and one more scoring forward.
+        alpha: Which snapshot of the run is the reference, as a share of its optimizer steps, or which several.
         reward: Token reward; None is r_hat = log pi_SFT - log pi_ref.
         returns: Reward-to-go; None is the undiscounted sum.
         advantage: Baseline and scale; None whitens over all response tokens of the rollout batch.
@@ -49,8 +50,8 @@ class DPRModule(OnPolicyModule):
     def __init__(
         self,
         teacher: str,
-        reference: str | None = None,
-        alpha: float = 0.5,
+        reference: str | list[str] | None = None,
+        alpha: float | list[float] = 0.5,
         reward: Reward | None = None,
         returns: ReturnEstimator | None = None,
         advantage: AdvantageEstimator | None = None,
@@ -59,7 +60,7 @@ class DPRModule(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
-        if not 0.0 < alpha < 1.0:
+        if not all(0.0 < share < 1.0 for share in (alpha if isinstance(alpha, list) else [alpha])):
             raise UserError(f"model.alpha: found {alpha}; give a share of the SFT run between 0 and 1, both excluded")
         if not kl_in_reward >= 0.0:
             raise UserError(f"model.kl_in_reward: found {kl_in_reward}; give 0 or more")
@@ -90,7 +91,16 @@ class DPRModule(OnPolicyModule):
     @property
     @override
     def frozen_sources(self) -> dict[str, str]:
-        return {"teacher": self.frozen_pair.teacher, "reference": self.frozen_pair.reference}
+        return {
+            "teacher": self.frozen_pair.teacher,
+            **dict(zip(self.reference_names, self.frozen_pair.references, strict=True)),
+        }
+
+    @property
+    def reference_names(self) -> list[str]:
+        """Names of the references among the frozen policies."""
+        num_references = len(self.frozen_pair.references)
+        return ["reference"] if num_references == 1 else [f"reference_{number}" for number in range(num_references)]
 
     @override
     def setup(self, stage: str) -> None:
@@ -115,7 +125,7 @@ class DPRModule(OnPolicyModule):
                 rollouts,
                 actor=self.actor,
                 teacher=self.frozen_policy("teacher"),
-                reference=self.frozen_policy("reference"),
+                reference=[self.frozen_policy(name) for name in self.reference_names],
                 micro_batch_size=self.scoring_rows,
                 needs_values=self.reward.needs_values,
                 expectation_limits=self._expectation_limits(),

@@ -164,30 +164,26 @@ class PairModule(OnPolicyModule):
         self.token_counts["rolled_out"] += int(rollouts.attention_mask_BT.sum())
         scored = [batch for batch in (rollouts, demonstrations, previous) if batch is not None]
         self.token_counts["scored"] += sum(int(batch.attention_mask_BT.sum()) for batch in scored)
-        pairs_PK = torch.stack(
-            [
-                demonstration_logp_B[demonstration_P][: len(rollouts.prompt_index_B)],
-                sample_logps[0],
-                demonstrations.response_mask_BT.sum(dim=1)[demonstration_P][: len(rollouts.prompt_index_B)].double(),
-                _are_equal(demonstrations, rollouts, demonstration_P[: len(rollouts.prompt_index_B)]).double(),
-            ],
-            dim=1,
-        )
+        own_P = demonstration_P[: len(rollouts.prompt_index_B)]
+        figures = {
+            "pairs/demonstration_logp": demonstration_logp_B[own_P],
+            "pairs/sample_logp": sample_logps[0],
+            "pairs/demonstration_length": demonstrations.response_mask_BT.sum(dim=1)[own_P].double(),
+            "pairs/identical_share": _are_equal(demonstrations, rollouts, own_P).double(),
+        }
+        means = self._gather(torch.stack(list(figures.values()), dim=1)).mean(dim=0).tolist()
         samples_BK = describe_samples(
             rollouts,
             old_logp_BT=old_logp_BT,
             teacher_logp_BT=self.logprobs(self.frozen_policy("teacher"), rollouts)[0],
             old_entropy_BT=old_entropy_BT,
         )
-        names = ("demonstration_logp", "sample_logp", "demonstration_length", "identical_share")
-        means = self._gather(pairs_PK).mean(dim=0).tolist()
         return PairExperience(
             rollouts=rollouts,
             previous=previous,
             demonstration_logp_P=demonstration_logp_B[demonstration_P],
             sample_logp_P=torch.cat(sample_logps),
-            stats=sample_stats(self._gather(samples_BK))
-            | {f"pairs/{name}": mean for name, mean in zip(names, means, strict=True)},
+            stats=sample_stats(self._gather(samples_BK)) | dict(zip(figures, means, strict=True)),
             seconds={"rollout": rollout_seconds, "score": time.perf_counter() - start},
         )
 

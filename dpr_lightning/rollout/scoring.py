@@ -54,7 +54,7 @@ def score_tokens(
     *,
     actor: CausalPolicy,
     teacher: CausalPolicy,
-    reference: CausalPolicy,
+    reference: CausalPolicy | Sequence[CausalPolicy],
     micro_batch_size: int,
     needs_values: bool = False,
     expectation_limits: tuple[float, float] | None = None,
@@ -67,14 +67,16 @@ def score_tokens(
         batch: Prompts and responses.
         actor: The policy that sampled, in any mode: its dropout is off by construction.
         teacher: pi_SFT, frozen.
-        reference: pi_ref, frozen.
+        reference: pi_ref, frozen. Of several, log-probabilities (and values) are averaged, and with them the dense
+            reward (ALGORITHM.md section 4).
         micro_batch_size: Rows of one forward.
         needs_values: Also return V = logsumexp of teacher and reference.
         expectation_limits: Also return the expectations that expected returns need, of the dense reward between these
             limits (minus and plus infinity for none).
     """
-    teacher.assert_frozen()
-    reference.assert_frozen()
+    references = [reference] if isinstance(reference, CausalPolicy) else list(reference)
+    for policy in (teacher, *references):
+        policy.assert_frozen()
     device = actor.model.device
     length_B = batch.attention_mask_BT.sum(dim=1)
     order_B = length_B.argsort(descending=True, stable=True)
@@ -84,7 +86,7 @@ def score_tokens(
     out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
     for rows_B in order_B.split(micro_batch_size):
         micro = trim(batch, rows_B)
-        values = _score_micro_batch(micro.to(device), actor, teacher, reference, needs_values, expectation_limits)
+        values = _score_micro_batch(micro.to(device), actor, teacher, references, needs_values, expectation_limits)
         for name, values_N in values.items():
             out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
                 values_N.float().cpu(), micro.response_mask_BT
@@ -147,7 +149,7 @@ def _score_micro_batch(
     batch: TokenBatch,
     actor: CausalPolicy,
     teacher: CausalPolicy,
-    reference: CausalPolicy,
+    references: Sequence[CausalPolicy],
     needs_values: bool,
     expectation_limits: tuple[float, float] | None,
 ) -> dict[str, Tensor]:
@@ -155,7 +157,7 @@ def _score_micro_batch(
     target_N = batch.input_ids_BT[batch.response_mask_BT]
     heads = []
     scores = []
-    for policy in (actor, teacher, reference):
+    for policy in (actor, teacher, *references):
         hidden_ND = policy.hidden_states(batch)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = policy.head(hidden_ND)
@@ -163,22 +165,27 @@ def _score_micro_batch(
                 token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor)
             )
         heads.append((hidden_ND, head))
-    old, of_teacher, of_reference = scores
+    old, of_teacher, *of_references = scores
     assert old.entropy_N is not None
     values = {
         "old_logp_BT": old.logp_N,
         "teacher_logp_BT": of_teacher.logp_N,
-        "reference_logp_BT": of_reference.logp_N,
+        "reference_logp_BT": _mean([of_reference.logp_N for of_reference in of_references]),
         "old_entropy_BT": old.entropy_N,
     }
     if needs_values:
-        values |= {"teacher_value_BT": of_teacher.logsumexp_N, "reference_value_BT": of_reference.logsumexp_N}
+        values["teacher_value_BT"] = of_teacher.logsumexp_N
+        values["reference_value_BT"] = _mean([of_reference.logsumexp_N for of_reference in of_references])
     if expectation_limits is not None:
         low, high = expectation_limits
         with torch.autocast(target_N.device.type, enabled=False):
             expected = state_expectations(*heads, low=low, high=high, chunk_size=actor.chunk_size)
         values |= {"teacher_kl_BT": expected.teacher_kl_N, "expected_dense_BT": expected.log_ratio_N}
     return values
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(dim=0)
 
 
 def describe_samples(

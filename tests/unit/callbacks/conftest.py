@@ -156,6 +156,8 @@ def make_experience(
     return_BT = torch.where(response_BT, reward_BT.sum(dim=1, keepdim=True), 0.0)
     healthy = {
         "reward/len_corr": 0.0,
+        "reward/sum_mean": 1.0,
+        "reward/sum_std": 0.5,
         "response/length_mean": 10.0,
         "response/truncated_share": 0.0,
         "policy/entropy": 1.0,

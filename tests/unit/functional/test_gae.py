@@ -23,9 +23,7 @@ def test_by_hand() -> None:
     return_BT = lambda_returns(REWARD_BT, VALUE_BT, MASK_BT, gamma=0.5, gae_lambda=0.5)
     torch.testing.assert_close(return_BT, expected_BT)
     advantage_BT = generalized_advantages(REWARD_BT, VALUE_BT, MASK_BT, gamma=0.5, gae_lambda=0.5)
-    torch.testing.assert_close(
-        advantage_BT, torch.tensor([[0.0, 0.0625, -1.75, 3.0, 0.0], [0.0, 0.0, -7.0, 0.0, 0.0]])
-    )
+    torch.testing.assert_close(advantage_BT, torch.tensor([[0.0, 0.0625, -1.75, 3.0, 0.0], [0.0, 0.0, -7.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])

@@ -225,6 +225,22 @@ def test_state_expectations_equal_torch_distributions() -> None:
             torch.testing.assert_close(found.teacher_kl_N, kl_N, rtol=1e-5, atol=1e-5)
 
 
+def test_several_references_are_averaged_in_log_probability() -> None:
+    hidden_ND, weight_VD, _, _ = _inputs(seed=1)
+    old, teacher, first, second = ((hidden_ND * scale, LMHead(weight_VD=weight_VD)) for scale in (1.0, 0.5, 2.0, -1.0))
+    logps = [(states_ND @ head.weight_VD.T).log_softmax(dim=-1) for states_ND, head in (old, teacher, first, second)]
+    ratio_NV = logps[1] - (logps[2] + logps[3]) / 2
+    for low, high in ((-math.inf, math.inf), (-0.5, 0.0)):
+        found = state_expectations(old, teacher, first, second, low=low, high=high, chunk_size=3)
+        want_N = (logps[0].exp() * ratio_NV.clip(low, high)).sum(dim=1)
+        torch.testing.assert_close(found.log_ratio_N, want_N, rtol=1e-5, atol=1e-5)
+        # Twice the same is once.
+        once, twice = state_expectations(old, teacher, first), state_expectations(old, teacher, first, first)
+        torch.testing.assert_close(twice.log_ratio_N, once.log_ratio_N, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one reference"):
+        state_expectations(old, teacher)
+
+
 def test_state_expectations_carry_no_gradient_and_take_no_states() -> None:
     hidden_ND, weight_VD, _, _ = _inputs()
     old = (hidden_ND.requires_grad_(), LMHead(weight_VD=weight_VD))

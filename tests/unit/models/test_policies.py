@@ -206,6 +206,17 @@ def test_find_frozen_pair_takes_the_runs_own_snapshot(run: Path) -> None:
     assert find_frozen_pair(str(run), "org/other").reference == "org/other"
 
 
+def test_find_frozen_pair_takes_several_references(run: Path) -> None:
+    pair = find_frozen_pair(str(run), None, alpha=[0.25, 0.5])
+    assert pair.references == tuple(str(run / "reference" / f"alpha_{alpha}") for alpha in ("0.25", "0.5"))
+    assert find_frozen_pair("org/model", ["org/a", "org/b"]).references == ("org/a", "org/b")
+    with pytest.raises(UserError, match=r"model\.alpha is 0\.3"):
+        find_frozen_pair(str(run), None, alpha=[0.25, 0.3])
+    for repeated in (["org/a", "org/a"], []):
+        with pytest.raises(UserError, match=r"model\.reference: found .* one or more different references"):
+            find_frozen_pair("org/model", repeated)
+
+
 def test_find_teacher_needs_no_snapshot(run: Path) -> None:
     shutil.rmtree(run / "reference")
     found = find_teacher(str(run))
@@ -268,7 +279,7 @@ def test_check_same_vocabulary(
     config = BackboneConfig(name_or_path="unused")
 
     def check(reference: str) -> None:
-        check_same_vocabulary(FrozenPair(teacher=teacher, reference=reference, manifest=None), config)
+        check_same_vocabulary(FrozenPair(teacher=teacher, references=(reference,), manifest=None), config)
 
     check(same)
     with pytest.raises(UserError, match="have different tokenizers"):

@@ -1,4 +1,4 @@
-"""Runs short SFT, DPR and SPIN fits and keeps what must not depend on the number of processes; a process of its own, or not.
+"""Runs short SFT, DPR and SPIN fits and keeps what must not depend on the number of processes; as one of them, or not.
 
 As a script it is one rank: torchrun's environment says which. Arguments: output file, teacher, reference, data.
 """

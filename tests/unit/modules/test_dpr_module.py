@@ -62,6 +62,22 @@ def test_frozen_policies_are_no_part_of_the_module(
     assert not torch.equal(module.actor.model.lm_head.weight, module.frozen_policy("teacher").model.lm_head.weight)
 
 
+def test_references_are_averaged_and_counted(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
+    module, data = dpr(model={"returns": ExpectedReturns()})
+    module.reference = [module.reference, module.teacher]
+    keep = Keep()
+    make_trainer(callbacks=[keep]).fit(module, data)
+    single, single_data = dpr(model={"returns": ExpectedReturns()})
+    alone = Keep()
+    make_trainer(callbacks=[alone]).fit(single, single_data)
+    (both,), (one,) = keep.experiences, alone.experiences
+    # The teacher's own ratio is 0, so the mean is half of the other's.
+    torch.testing.assert_close(both.reward_BT, one.reward_BT / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.return_BT, one.return_BT / 2, rtol=1e-4, atol=1e-5)
+    tokens = int(one.rollouts.attention_mask_BT.sum())
+    assert (module.token_counts["scored"], single.token_counts["scored"]) == (4 * tokens, 3 * tokens)
+
+
 def test_the_policy_starts_as_the_teacher(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
     module, data = dpr()
     keep = Keep()
@@ -216,6 +232,7 @@ def test_predict_loads_no_frozen_policy(
     [
         ({"alpha": 0.0}, r"model\.alpha: found 0\.0"),
         ({"alpha": 1.0}, r"model\.alpha: found 1\.0"),
+        ({"alpha": [0.5, 1.5]}, r"model\.alpha: found \[0\.5, 1\.5\]"),
         ({"kl_in_reward": -1.0}, r"model\.kl_in_reward: found -1\.0"),
         ({"kl_in_reward": float("nan")}, r"model\.kl_in_reward: found nan"),
     ],

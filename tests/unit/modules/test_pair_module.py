@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.pair_datamodule import PairDataModule
@@ -46,7 +47,9 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-        self.num_states.append(len(trainer.optimizers[0].state))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.num_states.append(len(optimizer.state))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

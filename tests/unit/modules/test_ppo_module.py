@@ -243,9 +243,7 @@ def test_tokens_of_both_models_are_counted(ppo: Parts, make_trainer: Callable[..
 
 
 @pytest.mark.parametrize("when", ["scoring", "training"])
-def test_a_critic_that_is_not_finite_stops_the_run(
-    when: str, ppo: Parts, make_trainer: Callable[..., Trainer]
-) -> None:
+def test_a_critic_that_is_not_finite_stops_the_run(when: str, ppo: Parts, make_trainer: Callable[..., Trainer]) -> None:
     class Poison(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if (trainer.current_epoch, batch_idx) == ((1, 1) if when == "training" else (0, 1)):

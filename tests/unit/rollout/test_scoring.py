@@ -127,6 +127,37 @@ def test_scores_are_those_of_independent_forwards(
     )
 
 
+def test_several_references_are_averaged(rollouts: RolloutBatch, policies: list[CausalPolicy]) -> None:
+    actor, teacher, reference = policies
+    limits = (-0.5, 0.25)
+
+    def score(*references: CausalPolicy) -> TokenScores:
+        return score_tokens(
+            rollouts,
+            actor=actor,
+            teacher=teacher,
+            reference=references,
+            micro_batch_size=2,
+            needs_values=True,
+            expectation_limits=limits,
+        )
+
+    # The teacher itself as second reference: its log-ratio is 0, so r_hat is half of the first's.
+    one, other, both = score(reference), score(teacher), score(reference, teacher)
+    for name in ("reference_logp_BT", "reference_value_BT"):
+        mean_BT = (getattr(one, name) + getattr(other, name)) / 2
+        torch.testing.assert_close(getattr(both, name), mean_BT, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(DenseReward()(both), DenseReward()(one) / 2, rtol=1e-4, atol=1e-5)
+    for name in ("old_logp_BT", "teacher_logp_BT", "old_entropy_BT", "teacher_kl_BT"):
+        assert torch.equal(getattr(both, name), getattr(one, name))
+    # Half the ratio between the limits is half of the ratio between limits twice as wide.
+    assert both.expected_dense_BT is not None
+    limits = (-1.0, 0.5)
+    wide = score(reference)
+    assert wide.expected_dense_BT is not None
+    torch.testing.assert_close(both.expected_dense_BT, wide.expected_dense_BT / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_values_and_kls_are_left_out_unless_asked_for(rollouts: RolloutBatch, policies: list[CausalPolicy]) -> None:
     actor, teacher, reference = policies
     scores = score_tokens(rollouts, actor=actor, teacher=teacher, reference=reference, micro_batch_size=2)
