@@ -121,7 +121,7 @@ def read_experiment(path: Path) -> Experiment:
     parser.add_class_arguments(Experiment)
     raw = _read_yaml(path)
     flags = {name: _take_flags(name, spec) for name, spec in _run_specs(raw).items()}
-    found = parser.instantiate_classes(parser.parse_object(raw))
+    found = parser.instantiate(parser.parse_object(raw))
     experiment = Experiment(**{item.name: found[item.name] for item in dataclasses.fields(Experiment)})
     experiment = dataclasses.replace(
         experiment,

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,14 +160,12 @@ def _output_to(path: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
-    with path.open("a") as log:
+    with path.open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             for descriptor, old in zip((1, 2), saved, strict=True):
                 os.dup2(old, descriptor)
                 os.close(old)
