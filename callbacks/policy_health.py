@@ -15,6 +15,16 @@ from dpr_lightning.errors import UserError
 
 GUARDS = ("len_corr", "length", "eos", "entropy", "teacher_kl", "reward", "spread")
 """Kinds of trouble, as ``stop_on`` names them and ``guard/*`` logs them."""
+_BOUNDS = {
+    "len_corr": "max_len_corr",
+    "length": "max_length_ratio",
+    "eos": "max_eos_drop",
+    "entropy": "min_entropy_ratio",
+    "teacher_kl": "teacher_kl_budget",
+    "reward": "max_reward_drop",
+    "spread": "min_spread_ratio",
+}
+"""The setting that says how much is too much."""
 _COMPARED = ("response/length_mean", "response/truncated_share", "policy/entropy", "reward/sum_mean", "reward/sum_std")
 """Figures whose first values are kept."""
 
@@ -40,7 +50,7 @@ class PolicyHealth(Callback):
         min_spread_ratio: ``spread``: the standard deviation of the responses' reward falls below this share of the
             first rollout's; whitened advantages are then mostly noise.
         stop_on: Kinds of trouble on which the run stops, before any update on the rollout that shows it; none by
-            default.
+            default. Resumed, it goes on with that very rollout.
         patience: Rollouts in a row that must show it.
     """
 
@@ -95,12 +105,17 @@ class PolicyHealth(Callback):
         self.warned: set[str] = set()
         self.in_a_row: dict[str, int] = {}
         """Rollouts in a row that showed each kind of trouble, the last one included."""
+        self.before: dict[str, int] = {}
+        """The same without the last one, which a resumed run looks at again."""
+        self.epoch = -1
+        """Whose rollout was the last one."""
         self.stop_reason: str | None = None
         """Why this callback stopped the run; for the run's record."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse bounds under which Lightning would train on where this callback stops."""
+        self.stop_reason = None
         if stage == "fit" and self.stop_on and (trainer.min_epochs or trainer.min_steps):
             raise UserError(
                 "trainer.min_epochs and trainer.min_steps: they keep a run going that PolicyHealth.stop_on stops; "
@@ -118,22 +133,39 @@ class PolicyHealth(Callback):
             self.first = {key: stats[key] for key in _COMPARED if key in stats}
         alarms = dict(self.alarms(stats))
         log_now(trainer, self.ratios(stats) | {f"guard/{kind}": float(kind in alarms) for kind in GUARDS})
-        self.in_a_row = {kind: self.in_a_row.get(kind, 0) + 1 for kind in alarms}
+        if self.epoch != trainer.current_epoch:
+            self.before, self.epoch = self.in_a_row, trainer.current_epoch
+        self.in_a_row = {kind: self.before.get(kind, 0) + 1 for kind in alarms}
         for kind, message in alarms.items():
             if kind not in self.warned:
                 self.warned.add(kind)
                 rank_zero_warn(f"Optimizer step {trainer.global_step}: {message}")
         lasting = [kind for kind in self.stop_on if self.in_a_row.get(kind, 0) >= self.patience]
         if lasting:
-            kind = lasting[0]
+            kind, bound = lasting[0], _BOUNDS[lasting[0]]
+            number = self.in_a_row[kind]
             self.stop_reason = (
-                f"PolicyHealth.stop_on '{kind}' after {self.in_a_row[kind]} rollouts in a row: {alarms[kind]}"
+                f"PolicyHealth.stop_on '{kind}' ({bound} {getattr(self, bound):g}) after "
+                f"{number} rollout{'s in a row' if number > 1 else ''}: {alarms[kind]}"
             )
             rank_zero_warn(
                 f"The run stops at optimizer step {trainer.global_step}: {self.stop_reason}; to go further, lower the "
-                f"learning rate, in DPR raise model.kl_in_reward, or take '{kind}' out of stop_on"
+                f"learning rate, in DPR raise model.kl_in_reward, change PolicyHealth.{bound}, or take '{kind}' out of "
+                "PolicyHealth.stop_on, and resume with --ckpt_path last"
             )
             trainer.should_stop = True
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stop_reason is not None:
+            # Lightning counts the epoch that was stopped before its first update; what is saved from here on says that
+            # it is still to come.
+            _uncount(trainer, "ready", "started", "processed")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stop_reason is not None:
+            _uncount(trainer, "completed")
 
     def ratios(self, stats: Mapping[str, float]) -> dict[str, float]:
         """Return the comparisons with the first rollout, by log key."""
@@ -192,13 +224,29 @@ class PolicyHealth(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self.first), "warned": sorted(self.warned), "in_a_row": dict(self.in_a_row)}
+        return {
+            "first": dict(self.first),
+            "warned": sorted(self.warned),
+            "in_a_row": dict(self.in_a_row),
+            "before": dict(self.before),
+            "epoch": self.epoch,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.first = dict(state_dict["first"])
         self.warned = set(state_dict["warned"])
         self.in_a_row = dict(state_dict["in_a_row"])
+        self.before = dict(state_dict["before"])
+        self.epoch = state_dict["epoch"]
+
+
+def _uncount(trainer: Trainer, *names: str) -> None:
+    """Take the running epoch out of these of Lightning's counts of epochs."""
+    progress = trainer.fit_loop.epoch_progress
+    for counts in (progress.current, progress.total):
+        for name in names:
+            setattr(counts, name, getattr(counts, name) - 1)
 
 
 def _ratio(value: float, first: float) -> float:

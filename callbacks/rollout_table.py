@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
+from dpr_lightning.analysis.reward_image import draw_rewards
+from dpr_lightning.analysis.reward_scale import robust_limit
 from dpr_lightning.callbacks.experience import running_experience
 from dpr_lightning.errors import UserError
 from dpr_lightning.types import Experience, PairExperience, SampledExperience
@@ -19,6 +21,8 @@ from dpr_lightning.types import Experience, PairExperience, SampledExperience
 if TYPE_CHECKING:
     from dpr_lightning.modules.base import CausalLMModule
 
+_MAX_TOKENS = 200
+"""Rows of the table of one response's tokens."""
 _PLAIN = frozenset(" ,.;:?%/=")
 """Characters beside letters and digits that mean nothing to Markdown or HTML inside a table cell."""
 
@@ -30,8 +34,9 @@ class RolloutTable(Callback):
     random. The histograms are ``reward/token_hist`` and ``advantage/token_hist`` (one value per response token),
     ``response/length_hist`` and ``return/first_hist`` (one per response: its return at the first token). Where samples
     are paired with demonstrations and have no return, they are ranked by their lead, log pi of the sample less log pi
-    of the demonstration, and ``response/length_hist`` is the only histogram. Other loggers than TensorBoard's get
-    nothing.
+    of the demonstration, and ``response/length_hist`` is the only histogram. The tokens of the best response are drawn
+    as ``rollout/token_rewards``: an image, and a table with what the policies say of each; responses without token
+    rewards have neither. Other loggers than TensorBoard's get nothing.
 
     Args:
         every_n_epochs: Show every n-th rollout batch, the first one included.
@@ -76,6 +81,22 @@ class RolloutTable(Callback):
                 "advantage/token_hist", experience.advantage_BT[mask_BT].float().cpu(), global_step=step
             )
             writer.add_histogram("return/first_hist", first_return(experience).cpu(), global_step=step)
+            self._add_token_rewards(writer, experience, cast("CausalLMModule", pl_module), step)
+
+    def _add_token_rewards(self, writer: Any, experience: Experience, module: CausalLMModule, step: int) -> None:
+        """Show the tokens of the response of highest return."""
+        index = int(first_return(experience).argmax())
+        mask_T = experience.rollouts.response_mask_BT[index]
+        ids = experience.rollouts.input_ids_BT[index][mask_T].tolist()
+        if not ids:
+            return
+        # Each by itself: bytes that are no whole character become U+FFFD.
+        tokens = [str(module.tokenizer.decode([token], skip_special_tokens=False)) for token in ids]
+        rewards = experience.reward_BT[index][mask_T].tolist()
+        title = f"best response, return {float(first_return(experience)[index]):.3f}, {len(ids)} tokens"
+        image = draw_rewards(tokens, rewards, limit=robust_limit(rewards), title=title)
+        writer.add_image("rollout/token_rewards", image, global_step=step, dataformats="HWC")
+        writer.add_text("rollout/token_rewards", token_table(experience, index, tokens), global_step=step)
 
     def _table(self, experience: SampledExperience, module: CausalLMModule, epoch: int) -> str:
         rollouts = experience.rollouts
@@ -119,6 +140,28 @@ def first_return(experience: Experience) -> Tensor:
     mask_BT = experience.rollouts.response_mask_BT
     first_BT = mask_BT & (mask_BT.cumsum(dim=1) == 1)
     return torch.where(first_BT, experience.return_BT, 0.0).sum(dim=1).float()
+
+
+def token_table(experience: Experience, index: int, tokens: Sequence[str]) -> str:
+    """Return a Markdown table of the first ``_MAX_TOKENS`` tokens of response ``index``, and how many more there are.
+
+    Args:
+        experience: The rollouts.
+        index: Which of them.
+        tokens: Texts of its response tokens.
+    """
+    mask_T = experience.rollouts.response_mask_BT[index]
+    scores = experience.scores
+    names = ("reward", "log pi_SFT", "log pi_ref", "log pi_old")
+    values = (experience.reward_BT, scores.teacher_logp_BT, scores.reference_logp_BT, scores.old_logp_BT)
+    columns = [values_BT[index][mask_T].tolist() for values_BT in values]
+    rows = [
+        [str(place + 1), escape(token, max_characters=100), *(f"{column[place]:.4f}" for column in columns)]
+        for place, token in enumerate(tokens[:_MAX_TOKENS])
+    ]
+    if len(tokens) > _MAX_TOKENS:
+        rows.append(["", f"{len(tokens) - _MAX_TOKENS} tokens more", *("" for _ in names)])
+    return markdown_table(["position", "token", *names], rows)
 
 
 def pick_rows(return_B: Tensor, *, num_rows: int, seed: Sequence[int]) -> list[tuple[int, str]]:

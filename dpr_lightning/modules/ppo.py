@@ -39,7 +39,8 @@ class PPOModule(DPRModule):
         gamma: Discount in [0, 1].
         gae_lambda: 1 measures sampled returns against the critic, 0 only the next reward and the next state's value.
         critic_lr: Peak learning rate of the critic; the optimizer's own is the actor's.
-        value_clip: How far a value may move in the updates on one rollout batch and still be drawn to its return.
+        value_clip: How far a value may move in the updates on one rollout batch and still be drawn to its return;
+            .inf sets no limit.
         kwargs: See ``DPRModule``.
     """
 

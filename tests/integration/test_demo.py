@@ -20,6 +20,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     configs = tmp_path / "configs"
     shutil.copytree(run.CONFIGS, configs)
     sft, dpr = (yaml.safe_load((configs / "demo" / f"{name}.yaml").read_text()) for name in ("sft", "dpr"))
+    sft["trainer"]["max_epochs"] = 1
     sft["data"]["init_args"] |= {"global_batch_size": 16, "micro_batch_size": 16}
     dpr["trainer"] |= {"max_epochs": 2, "check_val_every_n_epoch": 1}
     dpr["data"]["init_args"] |= {"prompts_per_rollout": 8, "global_batch_size": 16, "micro_batch_size": 16}

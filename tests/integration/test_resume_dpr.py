@@ -18,6 +18,7 @@ from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.data.sft_datamodule import SFTDataModule
 from dpr_lightning.models.backbone import BackboneConfig
 from dpr_lightning.modules.dpr import DPRModule
+from dpr_lightning.modules.ppo import PPOModule
 from dpr_lightning.modules.sft import SFTModule
 from dpr_lightning.types import SamplingConfig
 
@@ -54,7 +55,7 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        rate = sum(group["lr"] for group in trainer.optimizers[0].param_groups)
         self.steps.append((trainer.current_epoch, batch_idx, batch.input_ids_BT, outputs["loss"].detach(), rate))
 
 
@@ -69,8 +70,12 @@ def parts(
         if stage == "sft":
             sft = SFTModule(backbone=BackboneConfig(name_or_path=str(tiny_model_dir)), **settings)
             return sft, SFTDataModule(demonstrations, global_batch_size=10, micro_batch_size=5)
-        dpr = DPRModule(
-            *frozen_dirs,
+        if stage == "ppo":
+            # A critic, its moments and its rate, and values that were taken before the updates.
+            settings |= {"critic_lr": 2e-2, "gae_lambda": 0.9}
+        dpr = {"dpr": DPRModule, "ppo": PPOModule}[stage](
+            frozen_dirs[0],
+            reference=frozen_dirs[1],
             backbone=BackboneConfig(name_or_path="unused"),
             decoding=SamplingConfig(max_new_tokens=4),
             **settings,
@@ -87,10 +92,10 @@ def parts(
 
 
 def weights(module: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.actor.model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpr"])
+@pytest.mark.parametrize("stage", ["sft", "dpr", "ppo"])
 @pytest.mark.parametrize(
     ("saving", "epoch", "batch", "done"),
     [

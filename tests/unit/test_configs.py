@@ -12,17 +12,19 @@ import yaml
 
 import dpr_lightning.main
 from dpr_lightning.errors import UserError
-from dpr_lightning.functional.advantages import WhitenedAdvantage
-from dpr_lightning.functional.losses import ClippedPolicyLoss
+from dpr_lightning.functional.advantages import RawAdvantage, WhitenedAdvantage
+from dpr_lightning.functional.losses import ClippedPolicyLoss, ReinforceLoss
 from dpr_lightning.functional.pair_losses import BernoulliGSILLoss, SPINLoss
-from dpr_lightning.functional.rewards import DenseReward
+from dpr_lightning.functional.rewards import DenseReward, SentenceReward, TeacherLogprobReward
 from dpr_lightning.main import CommandLine, command_line
 
 CONFIGS = Path(dpr_lightning.main.__file__).parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 AXES = {axis: sorted((CONFIGS / axis).rglob("*.yaml")) for axis in ("recipe", "backbone", "hardware")}
 COMBINATIONS = list(itertools.product(*AXES.values()))
-DEMO = {"sft": ["sft"], "continued": ["sft", "continued"], "dpr": ["dpr"]}
+OVERLAYS = ("sr", "wo_baseline", "with_v", "algorithm1")
+"""Recipes that are laid over dpr.yaml, as their first line says."""
+DEMO = {"sft": ["sft"], "continued": ["sft", "continued"], "dpr": ["rollouts", "dpr"]}
 ALLOWED = ("dpr_lightning.", "lightning.", "torch.", "transformers.")
 LINK_TARGETS: set[str] = set()
 """Keys that main.py fills by link_arguments: there are none, as values that must agree are resolved in ``setup``."""
@@ -53,6 +55,11 @@ def teacher(recipe: str) -> list[str]:
     return [] if recipe == "sft" else ["--model.teacher=somewhere"]
 
 
+def layers(recipe: str) -> list[Path]:
+    """Return a recipe's files, the later over the earlier."""
+    return [CONFIGS / "recipe" / f"{part}.yaml" for part in (["dpr"] if recipe in OVERLAYS else []) + [recipe]]
+
+
 def name(path: Path) -> str:
     return path.stem
 
@@ -74,19 +81,26 @@ def class_paths(node: Any) -> list[str]:
 
 
 def test_listing_is_complete() -> None:
-    assert {name(path) for path in AXES["recipe"]} == {"sft", "dpr", "spin", "gsil"}
+    assert {name(path) for path in AXES["recipe"]} == {"sft", "dpr", "spin", "gsil", "ppo", *OVERLAYS}
     assert {name(path) for path in AXES["hardware"]} == {"cpu", "gpu1", "gpu8"}
     families = {"tiny", "llama3.1_8b", "qwen2.5_7b", "mistral_7b_v0.1", "gemma3_4b", "smollm2_135m"}
     assert {name(path) for path in AXES["backbone"]} == families
     on_axes = {path for paths in AXES.values() for path in paths}
     rest = {path.relative_to(CONFIGS).as_posix() for path in set(FILES) - on_axes}
-    assert rest == {"base.yaml", *(f"demo/{overlay}.yaml" for overlay in DEMO)}
+    experiments = {path for path in rest if path.startswith("experiments/")}
+    assert {path.partition("/")[2] for path in experiments} == {
+        *(f"table{number}.yaml" for number in (1, 2, 3)),
+        *(f"figure{number}.yaml" for number in (2, 3)),
+        *(f"regime_{name}.yaml" for name in ("plenty", "scarce", "saturated")),
+        "learning_rates.yaml",
+    }
+    assert rest - experiments == {"base.yaml", "demo/rollouts.yaml", *(f"demo/{overlay}.yaml" for overlay in DEMO)}
 
 
 @pytest.mark.parametrize("files", COMBINATIONS, ids=lambda files: "-".join(map(name, files)))
 def test_every_combination_parses_for_fit(parse: Any, files: tuple[Path, ...]) -> None:
-    recipe, backbone, _ = files
-    config = parse("fit", list(files), *teacher(name(recipe)))
+    recipe, backbone, hardware = files
+    config = parse("fit", [*layers(name(recipe)), backbone, hardware], *teacher(name(recipe)))
     given = yaml.safe_load(backbone.read_text())["model"]["init_args"]["backbone"]["name_or_path"]
     assert config.model.init_args.backbone.name_or_path == given
     # A list in an overlay would replace base.yaml's; each recipe adds to them.
@@ -96,7 +110,7 @@ def test_every_combination_parses_for_fit(parse: Any, files: tuple[Path, ...]) -
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
-@pytest.mark.parametrize("recipe", ["sft", "dpr", "spin", "gsil"])
+@pytest.mark.parametrize("recipe", ["sft", "dpr", "spin", "gsil", "ppo"])
 def test_other_subcommands_read_the_same_files(parse: Any, subcommand: str, recipe: str) -> None:
     files = [CONFIGS / f"{part}.yaml" for part in (f"recipe/{recipe}", "backbone/tiny", "hardware/cpu")]
     config = parse(subcommand, files, *teacher(recipe))
@@ -194,9 +208,73 @@ def check_rmsprop(model: Any) -> None:
     assert (settings.weight_decay, settings.centered, model.min_lr_ratio) == (0.0, False, 0.0)
 
 
+def test_ppo_recipe_is_dprs_with_a_critic(parse: Any) -> None:
+    # ALGORITHM.md section 5 (paper Table 1's PPO, values of Table 4).
+    rest = [CONFIGS / f"{part}.yaml" for part in ("backbone/tiny", "hardware/cpu")]
+    config, dpr = (parse("fit", [*layers(recipe), *rest], *teacher(recipe)) for recipe in ("ppo", "dpr"))
+    model = config.model.init_args
+    assert config.model.class_path == "dpr_lightning.modules.ppo.PPOModule"
+    reward = build(model.reward)
+    assert (type(reward), type(reward.token_reward), reward.is_clipped) == (SentenceReward, DenseReward, False)
+    assert (model.gamma, model.gae_lambda, model.value_clip, model.critic_lr) == (1.0, 1.0, 0.2, 9e-6)
+    check_optimizer(model, lr=5e-7)
+    assert "returns" not in model
+    # All else is DPR's.
+    own = {"reward", "returns", "gamma", "gae_lambda", "value_clip", "critic_lr"}
+    assert {key: value for key, value in vars(model).items() if key not in own} == {
+        key: value for key, value in vars(dpr.model.init_args).items() if key not in own
+    }
+    assert config.data == dpr.data
+    assert (config.trainer, config.run_dir) == (dpr.trainer, "runs/ppo")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changed"),
+    [
+        ("sr", {"model.init_args.reward"}),
+        ("wo_baseline", {"model.init_args.reward"}),
+        ("with_v", {"model.init_args.reward"}),
+        (
+            "algorithm1",
+            {
+                "model.init_args.advantage",
+                "model.init_args.loss",
+                "model.init_args.kl_in_reward",
+                "data.init_args.prompts_per_rollout",
+                "trainer.max_epochs",
+            },
+        ),
+    ],
+)
+def test_overlays_change_what_they_name(parse: Any, recipe: str, changed: set[str]) -> None:
+    rest = [CONFIGS / f"{part}.yaml" for part in ("backbone/tiny", "hardware/cpu")]
+    config, dpr = (parse("fit", [*layers(part), *rest], *teacher(part)) for part in (recipe, "dpr"))
+    assert layers(recipe)[-1].read_text().startswith("# Laid over dpr.yaml: ")
+    assert config.run_dir == f"runs/{recipe}"
+    found = set()
+    for prefix in ("model.init_args", "data.init_args", "trainer"):
+        for key, value in vars(config[prefix]).items():
+            if value != dpr[prefix][key]:
+                found.add(f"{prefix}.{key}")
+    assert found == changed
+    model = config.model.init_args
+    if recipe == "with_v":
+        assert build(model.reward).relative is True
+    elif recipe == "algorithm1":
+        assert (type(build(model.advantage)), type(build(model.loss))) == (RawAdvantage, ReinforceLoss)
+        assert (build(model.advantage).leave_one_out, model.kl_in_reward) == (False, 0.0)
+        # One optimizer step per rollout batch; as many steps in all, and as many responses, as in dpr.yaml.
+        sizes = config.data.init_args
+        assert sizes.prompts_per_rollout * sizes.samples_per_prompt == sizes.global_batch_size == 128
+        assert config.trainer.max_epochs == dpr.trainer.max_epochs * 1024 // 128
+    else:
+        assert type(build(model.reward)) is {"sr": SentenceReward, "wo_baseline": TeacherLogprobReward}[recipe]
+
+
 def build(node: Any) -> Any:
     module, _, attribute = node.class_path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)(**vars(node.init_args))
+    settings = node.get("init_args")
+    return getattr(importlib.import_module(module), attribute)(**(vars(settings) if settings else {}))
 
 
 def check_optimizer(model: Any, *, lr: float) -> None:

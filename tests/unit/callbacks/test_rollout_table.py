@@ -80,7 +80,7 @@ def test_shows_rollouts_in_tensorboard(
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="", version="tensorboard")]
     trainer = trainer_in(tmp_path, RolloutTable(every_n_epochs=2), max_epochs=3, logger=loggers)
     trainer.fit(toy(), datamodule=toy_rollouts(epochs))
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "histograms": 0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "histograms": 0, "images": 0})
     events.Reload()
     texts = events.Tensors("rollout/samples/text_summary")
     # Two optimizer steps an epoch: epochs 0 and 2 begin after 0 and 4 steps.
@@ -90,6 +90,17 @@ def test_shows_rollouts_in_tensorboard(
     # Reward 1.5 on the last of 4 tokens: mean 0.375; it ends by "$", which stands for EOS here.
     assert rows[2] == "| best | ask | yes&#36; | 1.500 | 0.3750 | 4 | no |"
     assert rows[3] == "| worst | a&#124;b | no | -2.000 | -1.0000 | 2 | yes |"
+    # The best response, drawn and as a table; "$" stands for EOS here.
+    assert [image.step for image in events.Images("rollout/token_rewards")] == [0, 4]
+    assert events.Images("rollout/token_rewards")[0].width == 900
+    tokens = events.Tensors("rollout/token_rewards/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
+    assert tokens[0] == "| position | token | reward | log pi_SFT | log pi_ref | log pi_old |"
+    assert [line.split(" | ")[1:3] for line in tokens[2:]] == [
+        ["y", "0.0000"],
+        ["e", "0.0000"],
+        ["s", "0.0000"],
+        ["&#36;", "1.5000"],
+    ]
     histograms = {tag: events.Histograms(tag)[0].histogram_value for tag in events.Tags()["histograms"]}
     assert set(histograms) == {
         "reward/token_hist",
@@ -122,12 +133,13 @@ def test_samples_of_pairs_are_ranked_by_their_lead(
     logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
     trainer = trainer_in(tmp_path, RolloutTable(), PolicyHealth(), Throughput(), max_epochs=1, logger=logger)
     trainer.fit(toy(), datamodule=toy_rollouts([pairs]))
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "histograms": 0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "histograms": 0, "images": 0})
     events.Reload()
     rows = events.Tensors("rollout/samples/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
     assert rows[0] == "| chosen as | prompt | response | lead over demonstration | tokens | truncated |"
     assert rows[2:] == ["| best | a | no | 1.000 | 2 | yes |", "| worst | ask | yes&#36; | -2.500 | 4 | no |"]
     assert events.Tags()["histograms"] == ["response/length_hist"]
+    assert events.Tags()["images"] == []
     scalars = events.Tags()["scalars"]
     assert {"response/length_ratio", "policy/entropy_ratio", "time/rollout", "time/score"} <= set(scalars)
 

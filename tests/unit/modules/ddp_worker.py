@@ -24,6 +24,7 @@ from dpr_lightning.errors import NonFiniteError
 from dpr_lightning.models.backbone import BackboneConfig
 from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.modules.pairs import PairModule
+from dpr_lightning.modules.ppo import PPOModule
 from dpr_lightning.modules.sft import SFTModule
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import Experience, SamplingConfig
@@ -76,7 +77,7 @@ class Poison(Callback):
             next(pl_module.parameters()).data.fill_(float("nan"))
 
 
-def make_trainer(root: Path, world_size: int, *callbacks: Callback) -> Trainer:
+def make_trainer(root: Path, world_size: int, *callbacks: Callback, max_epochs: int = 1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=world_size,
@@ -85,15 +86,15 @@ def make_trainer(root: Path, world_size: int, *callbacks: Callback) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        max_epochs=1,
+        max_epochs=max_epochs,
         default_root_dir=root,
         callbacks=list(callbacks),
     )
 
 
-def fit(module: Any, data: Any, *, root: Path, world_size: int) -> dict[str, Any]:
+def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int = 1) -> dict[str, Any]:
     keep = Keep()
-    trainer = make_trainer(root, world_size, keep)
+    trainer = make_trainer(root, world_size, keep, max_epochs=max_epochs)
     trainer.fit(module, data)
     experience = getattr(data, "experience", None)
     found: dict[str, Any] = {
@@ -103,7 +104,7 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int) -> dict[str, Any
         "loss_scale": module.loss_scale,
         "counts": keep.counts,
         "metrics": keep.metrics,
-        "weights": {name: value.clone() for name, value in module.actor.model.state_dict().items()},
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
     }
     if experience is not None:
         mask_BT = experience.rollouts.response_mask_BT
@@ -117,7 +118,7 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int) -> dict[str, Any
 
 
 def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, dict[str, Any]]:
-    """Return what SFT, DPR with one optimizer step and with two, and SPIN did, and how two ranks stopped at a NaN."""
+    """Return what SFT, DPR with one step and with two, PPO and SPIN did, and how two ranks stopped at a NaN."""
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1), "warmup_ratio": 0.0}
     demonstrations = DemonstrationConfig(source=source)
 
@@ -129,6 +130,20 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
             demonstrations, prompts_per_rollout=16, global_batch_size=global_batch_size, micro_batch_size=4
         )
         return fit(module, data, root=root, world_size=world_size)
+
+    # The second rollout batch is measured against a critic that has learnt something.
+    def ppo() -> dict[str, Any]:
+        module = PPOModule(
+            teacher,
+            reference=reference,
+            backbone=BackboneConfig(name_or_path="unused"),
+            sampler=PromptSampler(),
+            critic_lr=1e-3,
+            gae_lambda=0.9,
+            **sgd,
+        )
+        data = RolloutDataModule(demonstrations, prompts_per_rollout=12, global_batch_size=12, micro_batch_size=6)
+        return fit(module, data, root=root, world_size=world_size, max_epochs=2)
 
     def pairs() -> dict[str, Any]:
         module = PairModule(teacher, backbone=BackboneConfig(name_or_path="unused"), sampler=PromptSampler(), **sgd)
@@ -150,6 +165,7 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
         "sft": fit(*sft(), root=root, world_size=world_size),
         "dpr_one_step": dpr(16),
         "dpr_two_steps": dpr(8),
+        "ppo": ppo(),
         "pairs": pairs(),
     }
     if world_size > 1:

@@ -77,16 +77,17 @@ def test_there_were_two_ranks(found: tuple[dict[str, Any], list[dict[str, Any]]]
         assert ranks[0][stage]["loss_scale"] == one[stage]["loss_scale"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpr_one_step", "pairs"])
+@pytest.mark.parametrize("stage", ["sft", "dpr_one_step", "ppo", "pairs"])
 def test_the_same_steps_are_taken(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     one, ranks = found
     keys = {
         "sft": ("train/loss",),
         "dpr_one_step": ("policy/loss", "policy/ratio_mean"),
+        "ppo": ("policy/loss", "value/loss", "value/grad_norm"),
         "pairs": ("policy/loss", "pairs/margin"),
     }[stage]
     for rank in ranks:
-        assert len(rank[stage]["metrics"]) == len(one[stage]["metrics"]) == (3 if stage == "sft" else 1)
+        assert len(rank[stage]["metrics"]) == len(one[stage]["metrics"]) == {"sft": 3, "ppo": 2}.get(stage, 1)
         for step, metrics in enumerate(one[stage]["metrics"]):
             for key in (*keys, "policy/grad_norm"):
                 # The whitened policy loss starts at 0 up to rounding.
@@ -106,13 +107,15 @@ def test_the_last_incomplete_step_counts_what_it_has(found: tuple[dict[str, Any]
         assert [tokens for tokens, _ in rank["sft"]["counts"]] == [counts[0], counts[2], counts[4]]
 
 
-@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps"])
+@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps", "ppo"])
 def test_advantages_are_those_of_one_process(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     one, ranks = found
     assert ranks[0][stage]["prompts"] + ranks[1][stage]["prompts"] == one[stage]["prompts"]
     together = ranks[0][stage]["advantages"] + ranks[1][stage]["advantages"]
     for row, expected in zip(together, one[stage]["advantages"], strict=True):
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+    if stage == "ppo":
+        assert abs(one[stage]["stats"]["value/mean"]) > 1e-3
     # Whitened over both ranks, and not on each.
     assert abs(float(torch.cat(ranks[0][stage]["advantages"]).mean())) > 1e-3
     for rank in ranks:
