@@ -14,8 +14,9 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(SETUP)
 	$(BIN)/dpr-lightning demo
 
+# A process for each core; a file's tests stay together, as they share what is slow to make.
 test: $(SETUP)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile $(TEST_ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
