@@ -214,9 +214,7 @@ def score_rows(
         batch = collate(
             [rows[index].prompt_ids for index in chosen], [rows[index].response_ids for index in chosen], pad_id=pad_id
         )
-        said = [
-            policy_logprobs(batch, policy, micro_batch_size=micro_batch_size)[0] for policy in (teacher, reference)
-        ]
+        said = [policy_logprobs(batch, policy, micro_batch_size=micro_batch_size)[0] for policy in (teacher, reference)]
         for place, index in enumerate(chosen):
             mask_T = batch.response_mask_BT[place]
             found[index] = make_rewards(

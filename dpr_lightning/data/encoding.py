@@ -193,6 +193,7 @@ def encode_table(
     config: DemonstrationConfig,
     split: str,
     needs_response: bool = True,
+    refuse_rejected: bool = True,
 ) -> tuple[EncodedDemonstrations, DropReport]:
     """Encode every usable row of ``table``, in its order.
 
@@ -203,6 +204,7 @@ def encode_table(
         config: Limits on lengths and on the share of dropped rows.
         split: Name of the split, for messages.
         needs_response: False encodes prompts alone; every response is then empty.
+        refuse_rejected: False leaves it to the caller how many rows may be dropped, even all of them.
 
     Raises:
         UserError: The template does not fit, a cell is not text, there is no EOS, or too many rows are unusable.
@@ -221,7 +223,8 @@ def encode_table(
         prompts_flat.add([prompt for _, prompt, _ in kept])
         responses_flat.add([response for _, _, response in kept])
     progress.close()
-    report.refuse_above(config.max_rejected_share)
+    if refuse_rejected:
+        report.refuse_above(config.max_rejected_share)
     encoded = EncodedDemonstrations(
         table=table,
         rows=np.asarray(rows, dtype=np.int64),
