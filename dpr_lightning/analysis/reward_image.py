@@ -66,7 +66,7 @@ def draw_rewards(
     heading = in_words(title)
     num_heading = int((width - 2 * _MARGIN) / _CHARACTER)
     heading = heading if len(heading) <= num_heading else heading[: num_heading - 1] + "\u2026"
-    texts = [(_MARGIN, _MARGIN + 4.0, heading)]
+    texts: list[tuple[float, float, str]] = [(_MARGIN, _MARGIN + 4.0, heading)]
     boxes: list[tuple[float, float, float, float]] = []
     shades: list[RGB] = []
     for place, step in enumerate((-STEPS, -STEPS // 2, 0, STEPS // 2, STEPS)):

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from dpr_lightning.callbacks.checkpoint import RunCheckpoint
 from dpr_lightning.callbacks.policy_health import GUARDS, PolicyHealth
 from dpr_lightning.errors import UserError
 
@@ -63,7 +66,10 @@ def test_a_healthy_policy_raises_no_alarm(tmp_path: Path, parts: Any) -> None:
 @pytest.mark.parametrize("kl", [2.5, float("nan")])
 def test_stops_before_any_update_on_the_rollout_that_is_too_far(kl: float, tmp_path: Path, parts: Any) -> None:
     callback = PolicyHealth(teacher_kl_budget=2.0, stop_on=["teacher_kl"])
-    with pytest.warns(UserWarning, match="run stops at optimizer step 2: .*stop_on 'teacher_kl' after 1 rollouts"):
+    with pytest.warns(
+        UserWarning,
+        match=r"run stops at optimizer step 2: .*stop_on 'teacher_kl' \(teacher_kl_budget 2\) after 1 rollout: ",
+    ):
         module = fit(tmp_path, callback, [{}, {"policy__teacher_kl": kl}, {}], parts)
     assert [step for step, _ in module.seen] == [0, 1]
     assert callback.stop_reason is not None
@@ -103,6 +109,55 @@ def test_patience_counts_over_a_resume(tmp_path: Path, parts: Any) -> None:
     fit(tmp_path, before, [{}, far], parts)
     after.load_state_dict(before.state_dict())
     assert fit(tmp_path, after, [far, {}], parts).seen == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_stopped_run_goes_on_with_the_rollout_that_stopped_it(tmp_path: Path, parts: Any) -> None:
+    toy, toy_rollouts, trainer_in, experience_of = parts
+    far = {"policy__teacher_kl": 9.0}
+    epochs = [{}, far, far, far, {}]
+
+    def run(directory: str, callback: PolicyHealth, *, resume: bool = False) -> Any:
+        module = toy()
+        # At every third epoch's end: also at that of the epoch that is stopped before its first update.
+        saving = ModelCheckpoint(tmp_path / directory, save_top_k=-1, every_n_epochs=3, save_on_train_epoch_end=True)
+        last = RunCheckpoint(tmp_path / directory / "last", save_last=True, every_n_train_steps=100)
+        trainer = trainer_in(tmp_path / directory, callback, saving, last, max_epochs=5, checkpoint_every=100)
+        data = toy_rollouts([experience_of(["p"], ["ab"], [1.0], **stats) for stats in epochs])
+        trainer.fit(module, datamodule=data, ckpt_path=tmp_path / directory / "last" / "last.ckpt" if resume else None)
+        return module, trainer
+
+    def health(patience: int, *kinds: str) -> PolicyHealth:
+        return PolicyHealth(teacher_kl_budget=2.0, stop_on=list(kinds), patience=patience)
+
+    whole, _ = run("whole", health(2))
+    stopped = health(2, "teacher_kl")
+    module, trainer = run("stopped", stopped)
+    # The second rollout in a row is the third of all: two epochs of two steps.
+    assert [step for step, _ in module.seen] == [0, 1, 2, 3]
+    assert trainer.current_epoch == 2
+    files = [tmp_path / "stopped" / "last" / "last.ckpt", *(tmp_path / "stopped").glob("epoch=2*.ckpt")]
+    assert len(files) == 2
+    for file in files:
+        counts = torch.load(file, weights_only=False)["loops"]["fit_loop"]["epoch_progress"]
+        assert set(counts["current"].values()) == set(counts["total"].values()) == {2}
+    # Looked at once more with the same bound it stops at once: still two in a row, not three.
+    again = health(2, "teacher_kl")
+    module, _ = run("stopped", again, resume=True)
+    assert module.seen == []
+    assert again.in_a_row == {"teacher_kl": 2}
+    # With more patience it trains on that rollout and stops at the next.
+    patient = health(3, "teacher_kl")
+    module, _ = run("stopped", patient, resume=True)
+    assert [step for step, _ in module.seen] == [4, 5]
+    assert patient.in_a_row == {"teacher_kl": 3}
+    # And without a stop it ends where a run ends that was never stopped.
+    free = health(3)
+    module, trainer = run("stopped", free, resume=True)
+    assert [step for step, _ in module.seen] == [6, 7, 8, 9]
+    assert trainer.current_epoch == 5
+    assert free.stop_reason is None
+    assert torch.equal(module.weight, whole.weight)
 
 
 def test_guards_are_logged(tmp_path: Path, parts: Any) -> None:
