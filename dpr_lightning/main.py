@@ -104,6 +104,7 @@ class CommandLine(LightningCLI):
         if settings.logger in (None, True):
             is_predict = self.subcommand == "predict"
             kwargs["logger"] = False if is_predict else TensorBoardLogger(run_dir, name="", version="tensorboard")
+        settings.callbacks = without_replaced(settings.callbacks)
         for callback in settings.callbacks or []:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run_dir / "checkpoints")
@@ -122,6 +123,23 @@ class CommandLine(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             key = _key_of(class_type, kwargs, self.config[self.subcommand])
             raise UserError(f"{key}: {error}; change it") from error
+
+
+def without_replaced(callbacks: Any) -> Any:
+    """Return a list of callbacks without those of ours that a later one of the same class replaces.
+
+    An overlay gives a recipe's callback other settings by ``callbacks+:``; two of them would both watch the run.
+    """
+    if not isinstance(callbacks, list):
+        return callbacks
+    later = [type(callback) for callback in callbacks]
+    kept = []
+    for callback in callbacks:
+        later.pop(0)
+        is_ours = type(callback).__module__.startswith("dpr_lightning.") and not isinstance(callback, ModelCheckpoint)
+        if not is_ours or type(callback) not in later:
+            kept.append(callback)
+    return kept
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 from rich.console import Console
 from rich.table import Table
 
@@ -37,16 +39,17 @@ def main(args: Sequence[str] | None = None) -> None:
     # All are read first: a mistake in the last one is told before the first has run for an hour.
     experiments = [read_experiment(path) for path in paths]
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for path, experiment in zip(paths, experiments, strict=True):
-        sweep(
-            experiment,
-            path.stem,
-            parsed.run_dir,
-            console=console,
-            workers=parsed.workers,
-            seeds=parsed.seeds,
-            dry_run=parsed.dry_run,
-        )
+    with contextlib.nullcontext() if parsed.dry_run else _alone_in(parsed.run_dir):
+        for path, experiment in zip(paths, experiments, strict=True):
+            sweep(
+                experiment,
+                path.stem,
+                parsed.run_dir,
+                console=console,
+                workers=parsed.workers,
+                seeds=parsed.seeds,
+                dry_run=parsed.dry_run,
+            )
 
 
 def sweep(
@@ -93,10 +96,28 @@ def sweep(
         return
     _write(experiment, name, all_jobs, root / name, console)
     if failed:
+        # Runs mostly fail for one reason: the first in full, the others as it was printed.
         raise UserError(
-            f"{name}: {len(failed)} of {len(all_jobs)} runs failed; the same command runs them again. "
-            + "; ".join(failed.values())
+            f"{name}: {len(failed)} of {len(all_jobs)} runs failed; the same command runs them again. The first was "
+            f"{next(iter(failed.values()))}"
         )
+
+
+@contextlib.contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Keep other sweeps out of ``root``: two would train the same run into one directory.
+
+    Raises:
+        UserError: One is there.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(root / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"--run_dir: another sweep is running in '{root}'; wait for it, or choose another directory"
+        ) from None
 
 
 def _job(experiment: Experiment, task: Task, teachers: Sequence[Task], root: Path, *, write: bool) -> Job:

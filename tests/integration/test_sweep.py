@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -213,3 +214,16 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(SystemExit, match="2"):
         sweep(experiment, tmp_path / "runs", "--workers", "0")
     assert "--workers: found 0" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_share_a_directory(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "runs"
+    root.mkdir()
+    with filelock.FileLock(root / ".lock"):
+        with pytest.raises(SystemExit, match="2"):
+            sweep(experiment, root)
+        assert f"another sweep is running in '{root}'" in capsys.readouterr().err
+        sweep(experiment, root, "--dry_run")
+    assert [path.name for path in root.iterdir()] in ([".lock"], [])
