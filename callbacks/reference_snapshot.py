@@ -157,7 +157,7 @@ class ReferenceSnapshot(Callback):
             "run_id": self.run_id,
         }
         path = self.path(trainer, alpha)
-        write_directory(path, module.save_pretrained, manifest, is_writer=trainer.is_global_zero, exist_ok=True)
+        write_directory(path, module.save_snapshot, manifest, is_writer=trainer.is_global_zero, exist_ok=True)
         trainer.strategy.barrier("reference_snapshot")
         rank_zero_info(f"Reference taken at optimizer step {step} of {self.num_planned}: {path}")
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
+from dpr_lightning.models.adapters import LoRASettings, find_source, load_adapter, merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class BackboneConfig:
     """Run Python code that comes with the weights. Off unless you have read that code."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRASettings | None = None
+    """Train an adapter of this size on the frozen model; None trains all weights. Later stages go on with the adapter
+    of their teacher, whatever size is written here, and share its base."""
 
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -76,10 +80,20 @@ def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
     """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
     try:
         return AutoConfig.from_pretrained(
-            locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            locate(_whole(name_or_path)), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise _explain("model", name_or_path, error) from error
+
+
+def _whole(name_or_path: str) -> str:
+    """Return where the whole model lies: the base, where ``name_or_path`` is an adapter alone."""
+    return name_or_path if is_whole(name_or_path) else find_source(name_or_path).base
+
+
+def is_whole(name_or_path: str) -> bool:
+    """Return whether a directory or hub name holds all of a model's weights, and not an adapter alone."""
+    return find_source(name_or_path).adapter != Path(name_or_path)
 
 
 _TEXT_MODEL_KEYS = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -87,13 +101,19 @@ _TEXT_MODEL_KEYS = {r"^language_model\.": "", r"^model\.language_model\.": "mode
 
 
 def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
-    """Load the weights on the CPU, with every dropout at zero.
+    """Load the weights on the CPU, with every dropout at zero; an adapter alone is loaded with its base, and merged.
 
     Dropout is off because the ratio pi / pi_old compares two forward passes of the same weights.
 
     Raises:
         UserError: The weights cannot be loaded, or some of the model's weights are missing from the files.
     """
+    if not is_whole(name_or_path):
+        source = find_source(name_or_path)
+        assert source.adapter is not None
+        model = load_model(source.base, backbone)
+        load_adapter(model, "merged", source.adapter)
+        return merge(model, "merged")
     config = load_config(name_or_path, backbone)
     loader: Any = backbone.model_class or AutoModelForCausalLM
     key_mapping = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, token_logprobs
 from dpr_lightning.manifest import is_complete, read_manifest, tokenizer_fingerprint
+from dpr_lightning.models.adapters import (
+    ACTOR,
+    adapter_parameters,
+    add_adapter,
+    find_source,
+    load_adapter,
+    train_only,
+    using,
+)
 from dpr_lightning.models.backbone import (
     BackboneConfig,
     check_lm_head,
@@ -21,6 +31,7 @@ from dpr_lightning.models.backbone import (
     load_config,
     load_model,
     load_tokenizer,
+    locate,
 )
 from dpr_lightning.types import TokenBatch
 
@@ -73,6 +84,37 @@ class CausalPolicy(nn.Module):
         assert not any(parameter.requires_grad for parameter in self.parameters()), "a frozen policy has gradients on"
 
 
+class AdapterPolicy(CausalPolicy):
+    """A frozen policy that is another policy's model with another adapter: it adds no weights but that adapter's.
+
+    Args:
+        model: The shared model; its mode, its gradients and the adapter in use stay the other policy's.
+        adapter: Name of this policy's adapter; None is the bare base.
+        chunk_size: See ``CausalPolicy``.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: str | None, *, chunk_size: int) -> None:
+        super().__init__(model, chunk_size=chunk_size)
+        self.adapter = adapter
+
+    @override
+    @torch.no_grad()
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        with using(self.model, self.adapter):
+            return super().hidden_states(batch)
+
+    @override
+    def freeze(self) -> AdapterPolicy:
+        """Return self: nothing of it was ever trained, and the rest of the model belongs to the actor."""
+        return self
+
+    @override
+    def assert_frozen(self) -> None:
+        """Fail if anything gave this policy's adapter gradients; the mode is the actor's, and dropout is 0 in both."""
+        own = [] if self.adapter is None else adapter_parameters(self.model, self.adapter)
+        assert not any(parameter.requires_grad for parameter in own), "a frozen adapter has gradients on"
+
+
 def states_before_tokens(decoder: nn.Module, batch: TokenBatch) -> Tensor:
     """Return [N, D]: a decoder's last hidden state before each response token, in row-major order of the mask.
 
@@ -99,6 +141,45 @@ def load_policy(name_or_path: str, backbone: BackboneConfig, *, chunk_size: int)
     model = load_model(name_or_path, backbone)
     check_lm_head(model)
     return CausalPolicy(model, chunk_size=chunk_size)
+
+
+def load_policies(
+    trained: str, frozen: Mapping[str, str], backbone: BackboneConfig, *, chunk_size: int
+) -> tuple[CausalPolicy, dict[str, CausalPolicy]]:
+    """Load the policy that is trained and those that are not.
+
+    Without ``backbone.lora`` each is a model of its own. With it one base carries them all: the trained policy is an
+    adapter, started from that of ``trained`` or from an update of 0, and so is every frozen policy that stands on the
+    same base. A frozen policy on another base is a model of its own.
+
+    Args:
+        trained: Directory or hub name that the trained policy starts from.
+        frozen: The same of each frozen policy, by name.
+        backbone: How weights are loaded.
+        chunk_size: See ``CausalPolicy``.
+    """
+    if backbone.lora is None:
+        actor = load_policy(trained, backbone, chunk_size=chunk_size)
+        loaded = {name: load_policy(source, backbone, chunk_size=chunk_size) for name, source in frozen.items()}
+        return actor, {name: policy.freeze() for name, policy in loaded.items()}
+    source = find_source(trained)
+    actor = load_policy(source.base, backbone, chunk_size=chunk_size)
+    if source.adapter is None:
+        add_adapter(actor.model, ACTOR, backbone.lora)
+    else:
+        load_adapter(actor.model, ACTOR, source.adapter)
+    policies: dict[str, CausalPolicy] = {}
+    for name, where in frozen.items():
+        found = find_source(where)
+        if locate(found.base) != locate(source.base):
+            policies[name] = load_policy(where, backbone, chunk_size=chunk_size).freeze()
+            continue
+        if found.adapter is not None:
+            load_adapter(actor.model, name, found.adapter)
+        adapter = None if found.adapter is None else name
+        policies[name] = AdapterPolicy(actor.model, adapter, chunk_size=chunk_size)
+    train_only(actor.model, ACTOR)
+    return actor, policies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

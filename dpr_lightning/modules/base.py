@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
@@ -22,8 +23,9 @@ from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.errors import NonFiniteError, UserError
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
-from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
-from dpr_lightning.models.policies import CausalPolicy, load_policy
+from dpr_lightning.models.adapters import ACTOR, FOLDER, find_source, save_adapter, save_merged
+from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
+from dpr_lightning.models.policies import CausalPolicy, load_policies
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import SamplingConfig, TokenBatch
@@ -42,6 +44,9 @@ class CausalLMModule(LightningModule):
         logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
         prediction_seed: Seed of ``predict`` and of sampled validation.
     """
+
+    frozen: dict[str, CausalPolicy]
+    """Policies that are never trained, by name."""
 
     def __init__(
         self,
@@ -67,6 +72,8 @@ class CausalLMModule(LightningModule):
         self.logprob_chunk_size = logprob_chunk_size
         self.prediction_seed = prediction_seed
         self.policy: CausalPolicy | None = None
+        # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
+        self.__dict__["frozen"] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_metrics: dict[str, Tensor] = {}
         self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
@@ -93,13 +100,19 @@ class CausalLMModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        if self.policy is not None:
+        sources = self.frozen_sources()
+        if self.policy is not None and sources.keys() <= self.frozen.keys():
             return
-        self.policy = load_policy(self.initial_weights, self.backbone, chunk_size=self.logprob_chunk_size)
-        model = self.policy.model
+        policy, frozen = load_policies(self.initial_weights, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        self.frozen.update(frozen)
+        if self.policy is not None:
+            # It was there for ``predict``, which needs no other.
+            return
+        self.policy = policy
+        model, num_trained = policy.model, sum(parameter.numel() for parameter in self.actor_parameters())
         rank_zero_info(
             f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
-            f"{model.dtype}"
+            f"{model.dtype}; {num_trained / 1e6:,.2f}M are trained"
         )
         self.policy.train()
 
@@ -110,9 +123,17 @@ class CausalLMModule(LightningModule):
         schedule = self.make_schedule(optimizer, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def frozen_sources(self) -> dict[str, str]:
+        """Return where each policy lies that this stage needs and never trains, by name."""
+        return {}
+
+    def actor_parameters(self) -> list[Parameter]:
+        """Return what is trained of the policy: all of it, or its adapter."""
+        return [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
+
     def trained_parameters(self) -> Iterable[Any]:
         """Return what the optimizer trains: parameters, or groups of them with settings of their own."""
-        return self.actor.parameters()
+        return self.actor_parameters()
 
     def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
         """Return the learning rate of each of ``num_steps`` optimizer steps: warm-up, then a cosine."""
@@ -204,12 +225,35 @@ class CausalLMModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["token_counts"] = self.total_token_counts()
+        if self.backbone.lora is not None:
+            # The base is where the run found it; a checkpoint holds what was trained.
+            left_out = self._frozen_weights()
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if name not in left_out}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
             self.token_counts = dict(checkpoint["token_counts"])
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint's weights: with adapters, all but the base's and the frozen adapters' must be there."""
+        if self.backbone.lora is None or not strict:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - self._frozen_weights())]:
+            raise UserError(
+                f"ckpt_path: {len(wrong)} weights of the checkpoint do not fit this run's adapter (first: "
+                f"{min(wrong)}); resume with the run's own model.backbone"
+            )
+        return found
+
+    def _frozen_weights(self) -> set[str]:
+        """Return the names of the weights in the tree that are not trained."""
+        named = self.actor.named_parameters(prefix="policy", remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad}
 
     @override
     def on_validation_start(self) -> None:
@@ -266,10 +310,30 @@ class CausalLMModule(LightningModule):
         return (self.prediction_seed * 1_000_003 + batch_idx) * 4099 + self.global_rank
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write the current weights, configuration and tokenizer as a transformers directory (safetensors)."""
-        if self.trainer.is_global_zero:
+        """Write the current weights, configuration and tokenizer as a transformers directory (safetensors).
+
+        An adapter is added to its base's weights, and lies beside them in ``adapter/`` too.
+        """
+        if not self.trainer.is_global_zero:
+            return
+        if self.backbone.lora is None:
             self.actor.model.save_pretrained(directory)
+        else:
+            save_merged(self.actor.model, ACTOR, directory)
+            self._save_adapter(directory / FOLDER)
+        self.tokenizer.save_pretrained(directory)
+
+    def save_snapshot(self, directory: Path) -> None:
+        """Write the current weights and tokenizer: a transformers directory, or the adapter alone in peft's format."""
+        if self.backbone.lora is None:
+            self.save_pretrained(directory)
+        elif self.trainer.is_global_zero:
+            self._save_adapter(directory)
             self.tokenizer.save_pretrained(directory)
+
+    def _save_adapter(self, directory: Path) -> None:
+        base = find_source(self.initial_weights).base
+        save_adapter(self.actor.model, ACTOR, directory, base=locate(base))
 
     def model_manifest(self) -> dict[str, Any]:
         """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""

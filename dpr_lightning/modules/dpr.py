@@ -90,7 +90,7 @@ class DPRModule(OnPolicyModule):
 
     @property
     @override
-    def frozen_sources(self) -> dict[str, str]:
+    def scoring_sources(self) -> dict[str, str]:
         return {
             "teacher": self.frozen_pair.teacher,
             **dict(zip(self.reference_names, self.frozen_pair.references, strict=True)),

@@ -12,7 +12,7 @@ from typing_extensions import override
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.evaluation.verifiers import Verifier
-from dpr_lightning.models.policies import CausalPolicy, FrozenTeacher, find_teacher, load_policy
+from dpr_lightning.models.policies import CausalPolicy, FrozenTeacher, find_teacher
 from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.types import RolloutBatch, SampledExperience
@@ -31,8 +31,6 @@ class OnPolicyModule(CausalLMModule):
 
     experience_type: ClassVar[type[SampledExperience]]
     """What this method keeps of an epoch's samples."""
-    frozen: dict[str, CausalPolicy]
-    """The teacher, and what else is never trained, by name."""
 
     def __init__(
         self,
@@ -46,8 +44,6 @@ class OnPolicyModule(CausalLMModule):
         self.score_micro_batch_size = score_micro_batch_size
         self.verifier = verifier
         self._found_teacher: FrozenTeacher | None = None
-        # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
-        self.__dict__["frozen"] = {}
         self.evaluation_metrics = torch.nn.ModuleDict(
             {name: MeanMetric() for name in ("teacher_kl", "length", "truncated_share", "accuracy")}
         )
@@ -69,19 +65,14 @@ class OnPolicyModule(CausalLMModule):
         """What the teacher's run recorded of its data and template; None for another trainer's model."""
         return self.found_teacher.manifest
 
-    @property
-    def frozen_sources(self) -> dict[str, str]:
-        """Where each frozen policy lies, by name."""
-        return {"teacher": self.found_teacher.teacher}
-
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.frozen or self.trainer.state.fn == "predict":
-            return
-        for name, source in self.frozen_sources.items():
-            policy = load_policy(source, self.backbone, chunk_size=self.logprob_chunk_size)
-            self.frozen[name] = policy.freeze()
+    def frozen_sources(self) -> dict[str, str]:
+        return {} if self.trainer.state.fn == "predict" else self.scoring_sources
+
+    @property
+    def scoring_sources(self) -> dict[str, str]:
+        """Where each frozen policy lies that scores samples, by name."""
+        return {"teacher": self.found_teacher.teacher}
 
     def frozen_policy(self, name: str) -> CausalPolicy:
         """Return a frozen policy on this module's device; Lightning moves only what is in the tree."""

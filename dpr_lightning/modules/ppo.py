@@ -95,7 +95,7 @@ class PPOModule(DPRModule):
     @override
     def trained_parameters(self) -> Iterable[Any]:
         return [
-            {"params": list(self.actor.parameters())},
+            {"params": self.actor_parameters()},
             {"params": list(self.critic.parameters()), "lr": self.critic_lr},
         ]
 

@@ -94,7 +94,12 @@ def test_listing_is_complete() -> None:
         *(f"regime_{name}.yaml" for name in ("plenty", "scarce", "saturated")),
         "learning_rates.yaml",
     }
-    assert rest - experiments == {"base.yaml", "demo/rollouts.yaml", *(f"demo/{overlay}.yaml" for overlay in DEMO)}
+    assert rest - experiments == {
+        "base.yaml",
+        "lora.yaml",
+        "demo/rollouts.yaml",
+        *(f"demo/{overlay}.yaml" for overlay in DEMO),
+    }
 
 
 @pytest.mark.parametrize("files", COMBINATIONS, ids=lambda files: "-".join(map(name, files)))

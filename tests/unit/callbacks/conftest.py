@@ -58,6 +58,8 @@ class ToyModule(LightningModule):
         if self.trainer.is_global_zero:
             save_file({"weight": self.weight.detach().reshape(1)}, directory / "model.safetensors")
 
+    save_snapshot = save_pretrained
+
     def model_manifest(self) -> dict[str, Any]:
         return {"tokenizer_fingerprint": "toy"}
 

@@ -1,0 +1,276 @@
+"""LoRA adapters: several policies on one base model that differ by an adapter each (arXiv 2106.09685).
+
+peft makes, loads and merges them. Which adapter a forward uses is ours: peft's ``set_adapter`` also turns gradients on
+for the adapter that it selects and off for all others, so that one scoring forward under a frozen adapter would end
+the actor's training without a word. :func:`using` touches no gradient, and puts the actor's adapter back.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpr_lightning.errors import UserError
+
+ACTOR = "actor"
+"""Name of the adapter that is trained."""
+FOLDER = "adapter"
+"""Where a merged model's adapter lies inside the model's directory."""
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+"""Of the names in an adapter's file: those of peft's own wrapper, which this package does without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRASettings:
+    """A new adapter. Its dropout is 0, because the ratio pi / pi_old compares two forward passes of one policy."""
+
+    rank: int = 16
+    """r, the inner dimension of each update B A."""
+    alpha: float = 32.0
+    """The update's scale is alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that are adapted; ``all-linear`` is every one but the output layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a policy's weights come from."""
+
+    base: str
+    """Transformers directory or hub name of a whole model."""
+    adapter: Path | None
+    """Directory of the adapter on it; None where the base is the policy."""
+
+
+def find_source(name_or_path: str) -> Source:
+    """Resolve a directory or hub name: an adapter in peft's format, a merged model that kept its adapter, or a model.
+
+    Raises:
+        UserError: An adapter's configuration cannot be read, or is none of LoRA.
+    """
+    directory = Path(name_or_path)
+    for adapter in (directory, directory / FOLDER):
+        if (adapter / _CONFIG).is_file() and not (adapter / "config.json").is_file():
+            try:
+                config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"'{adapter / _CONFIG}' is not JSON ({error}); write the adapter again") from error
+            base = config.get("base_model_name_or_path")
+            if config.get("peft_type") != "LORA" or not isinstance(base, str):
+                raise UserError(
+                    f"'{adapter / _CONFIG}' is of type {config.get('peft_type')} on base {base!r}; only LoRA adapters "
+                    "that name their base are understood. Merge it with peft, and give the merged model"
+                )
+            return Source(base, adapter)
+    return Source(name_or_path, None)
+
+
+def add_adapter(model: PreTrainedModel, name: str, settings: LoRASettings) -> None:
+    """Add a new adapter, whose update is 0; the base's gradients are off from here on.
+
+    Args:
+        model: The base, in place.
+        name: The adapter's name; the last one that was added is active.
+        settings: Its size and place.
+
+    Raises:
+        UserError: The settings do not fit the model.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+    )
+    _inject(model, name, config)
+
+
+def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
+    """Add the adapter that lies in ``directory``, in peft's format.
+
+    Args:
+        model: The base, in place.
+        name: What it is to be called.
+        directory: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        UserError: It does not fit the model.
+    """
+    config = PeftConfig.from_pretrained(str(directory))
+    assert isinstance(config, LoraConfig)
+    # The ratio pi / pi_old compares two forward passes.
+    config.lora_dropout = 0.0
+    _inject(model, name, config)
+    if not (directory / _WEIGHTS).is_file():
+        raise UserError(f"'{directory}' has no {_WEIGHTS}; save the adapter as safetensors")
+    weights = {key.removeprefix(_PREFIX): value for key, value in load_file(directory / _WEIGHTS).items()}
+    expected = get_peft_model_state_dict(model, adapter_name=name)
+    if differing := set(weights) ^ set(expected):
+        raise UserError(
+            f"'{directory}' is no adapter of this {type(model).__name__}: {len(differing)} of its weights have no "
+            f"place or are missing (first: {min(differing)}); give the base that it was trained on"
+        )
+    try:
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise UserError(f"'{directory}' does not fit {type(model).__name__}: {error}") from error
+
+
+def _inject(model: PreTrainedModel, name: str, config: LoraConfig) -> None:
+    try:
+        with warnings.catch_warnings():
+            # Several adapters are what is wanted, and tied weights are looked at below.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            inject_adapter_in_model(config, model, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"model.backbone.lora: {error}; change it") from error
+    tied = model.get_input_embeddings().weight
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        if not isinstance(base, torch.nn.Linear):
+            raise UserError(
+                f"model.backbone.lora.target_modules: '{path}' is a {type(base).__name__}; name linear layers only"
+            )
+        if base.weight is tied:
+            raise UserError(
+                f"model.backbone.lora.target_modules: '{path}' shares its weight with the input embedding, which an "
+                "adapter of one of them would part; leave it out"
+            )
+        for parameter in _parameters(layer, name):
+            # Updates of a bfloat16 weight by a learning rate of 1e-6 would round away.
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Let forwards use the adapter called ``name``, or none, and the one before again afterwards; no gradient changes.
+
+    Only for forwards without gradient: a backward that recomputes activations would use another adapter.
+    """
+    layers = list(_layers(model))
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [] if name is None else [name]
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
+
+
+def adapter_parameters(model: PreTrainedModel, name: str) -> list[torch.nn.Parameter]:
+    """Return the weights of one adapter."""
+    return [parameter for layer in _layers(model) for parameter in _parameters(layer, name)]
+
+
+def train_only(model: PreTrainedModel, name: str) -> None:
+    """Make one adapter active, and turn its gradients on and all others' off."""
+    model.requires_grad_(False)
+    for layer in _layers(model):
+        layer._active_adapter = [name]
+        for parameter in _parameters(layer, name):
+            parameter.requires_grad_(True)
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Return whether a model holds any adapter."""
+    return any(True for _ in _layers(model))
+
+
+def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: str) -> None:
+    """Write one adapter in peft's format, which transformers and peft load by themselves.
+
+    Args:
+        model: Its base and it.
+        name: Which adapter.
+        directory: Made when needed.
+        base: Where its base lies, for those who load it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = _config(model, name)
+    before = config.base_model_name_or_path, config.inference_mode
+    config.base_model_name_or_path, config.inference_mode = base, True
+    try:
+        config.save_pretrained(str(directory))
+    finally:
+        config.base_model_name_or_path, config.inference_mode = before
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    save_file(
+        {_PREFIX + key: value.detach().cpu().contiguous() for key, value in weights.items()},
+        directory / _WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def save_merged(model: PreTrainedModel, name: str, directory: Path) -> None:
+    """Write the base with one adapter added to its weights, as a plain transformers model; ``model`` stays as it is.
+
+    Tied weights stay tied: an adapted layer that shares its weight with another is refused when it is made.
+    """
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(directory, state_dict=merged_state(model, name))
+
+
+@torch.no_grad()
+def merged_state(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """Return the weights of the plain model that equals the base with one adapter, in the base's types."""
+    updated = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        plain_key = key.replace(".base_layer.", ".")
+        layer: Any = updated.get(plain_key)
+        if layer is not None and name in layer.lora_A:
+            value = (value.float() + layer.get_delta_weight(name).float()).to(value.dtype)
+        state[plain_key] = value
+    return state
+
+
+def merge(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return ``model`` without adapters, one of them added to its weights, in place."""
+    state = merged_state(model, name)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.load_state_dict(state, assign=False)
+    del model.peft_config
+    return model
+
+
+def _config(model: PreTrainedModel, name: str) -> LoraConfig:
+    config = model.peft_config[name]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _layers(model: torch.nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _parameters(layer: Any, name: str) -> Iterator[torch.nn.Parameter]:
+    for group in layer.adapter_layer_names:
+        found = getattr(layer, group)
+        if name in found:
+            item = found[name]
+            yield from [item] if isinstance(item, torch.nn.Parameter) else item.parameters()

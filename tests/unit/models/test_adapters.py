@@ -1,0 +1,272 @@
+"""Policies that share a base: against separate whole models, and as files against transformers and peft alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dpr_lightning.errors import UserError
+from dpr_lightning.functional.collate import collate
+from dpr_lightning.models.adapters import (
+    ACTOR,
+    LoRASettings,
+    add_adapter,
+    find_source,
+    load_adapter,
+    save_adapter,
+    save_merged,
+    train_only,
+    using,
+)
+from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model
+from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies, load_policy
+from dpr_lightning.types import TokenBatch
+
+IDS = torch.tensor([[1, 7, 9, 23, 4], [1, 5, 6, 7, 8]])
+
+
+def move(model: PreTrainedModel, name: str, seed: int) -> None:
+    """Give an adapter weights other than a new one's, whose update is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+@pytest.fixture
+def batch() -> TokenBatch:
+    return collate([[1, 7], [1, 5, 6]], [[9, 23, 4], [7, 2]], pad_id=0)
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path, tiny_model: Any) -> Path:
+    tiny_model("llama", vocab_size=48).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter_dirs(base_dir: Path, tmp_path: Path) -> list[Path]:
+    """Two different adapters of one base, as files."""
+    directories = []
+    for seed in (1, 2):
+        model = load_model(str(base_dir), BackboneConfig(name_or_path=str(base_dir)))
+        add_adapter(model, ACTOR, LoRASettings(rank=4, alpha=8.0))
+        move(model, ACTOR, seed)
+        directories.append(tmp_path / f"adapter_{seed}")
+        save_adapter(model, ACTOR, directories[-1], base=str(base_dir))
+    return directories
+
+
+def lora(base_dir: Path) -> BackboneConfig:
+    return BackboneConfig(name_or_path=str(base_dir), lora=LoRASettings(rank=4, alpha=8.0))
+
+
+def test_a_new_adapter_changes_nothing_until_it_is_trained(family: str, tiny_model: Any) -> None:
+    model = tiny_model(family)
+    before = logits(model)
+    add_adapter(model, ACTOR, LoRASettings(rank=4))
+    assert torch.equal(logits(model), before)
+    move(model, ACTOR, 1)
+    assert (logits(model) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_whatever_the_base(dtype: torch.dtype, tiny_model: Any) -> None:
+    model = tiny_model("llama").to(dtype)
+    add_adapter(model, ACTOR, LoRASettings(rank=4))
+    train_only(model, ACTOR)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {dtype}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_merged_and_saved_it_is_a_plain_model_of_the_same_logits(
+    family: str, is_tied: bool, tiny_model: Any, tmp_path: Path
+) -> None:
+    model = tiny_model(family, tie_word_embeddings=is_tied)
+    add_adapter(model, ACTOR, LoRASettings(rank=4))
+    move(model, ACTOR, 1)
+    expected = logits(model)
+    save_merged(model, ACTOR, tmp_path)
+    assert torch.equal(logits(model), expected)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(loaded) is type(model)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == is_tied
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_saved_adapter_loads_in_peft_and_in_transformers_alone(family: str, tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "base")
+    add_adapter(model, ACTOR, LoRASettings(rank=4))
+    move(model, ACTOR, 1)
+    save_adapter(model, ACTOR, tmp_path / "adapter", base=str(tmp_path / "base"))
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(by_peft), logits(model), rtol=1e-4, atol=1e-5)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(by_transformers), logits(model), rtol=1e-4, atol=1e-5)
+    ours = load_model(str(tmp_path / "adapter"), BackboneConfig(name_or_path=""))
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-3, atol=1e-4)
+    assert not any(".lora_" in key or "base_layer" in key for key in ours.state_dict())
+
+
+def test_an_adapter_made_by_peft_alone_loads(base_dir: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_dir),
+        LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]),
+    ).eval()
+    move(theirs, "default", 3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(str(base_dir), BackboneConfig(name_or_path=""))
+    load_adapter(model, ACTOR, tmp_path / "theirs")
+    # Their dropout is left out: in training mode, too, the logits are those of theirs in eval mode.
+    torch.testing.assert_close(logits(model.train()), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_shared_policies_say_what_whole_models_say(base_dir: Path, adapter_dirs: list[Path], batch: TokenBatch) -> None:
+    sources = {"teacher": str(adapter_dirs[0]), "reference": str(adapter_dirs[1]), "base": str(base_dir)}
+    actor, frozen = load_policies(sources["teacher"], sources, lora(base_dir), chunk_size=64)
+    assert all(policy.model is actor.model for policy in frozen.values())
+    for name, source in sources.items():
+        whole = load_policy(source, BackboneConfig(name_or_path=""), chunk_size=64).freeze()
+        torch.testing.assert_close(frozen[name](batch).logp_N, whole(batch).logp_N, rtol=1e-3, atol=1e-4)
+    # The actor starts as the teacher.
+    assert torch.equal(actor(batch).logp_N, frozen["teacher"](batch).logp_N)
+    assert (frozen["teacher"](batch).logp_N - frozen["reference"](batch).logp_N).abs().max() > 0.1
+
+
+def test_scoring_under_frozen_adapters_leaves_the_actors_gradients_alone(
+    base_dir: Path, adapter_dirs: list[Path], batch: TokenBatch
+) -> None:
+    teacher, reference = map(str, adapter_dirs)
+    actor, frozen = load_policies(teacher, {"reference": reference}, lora(base_dir), chunk_size=64)
+
+    def gradients(*, with_scoring: bool) -> dict[str, Tensor]:
+        actor.zero_grad()
+        out = actor(batch).logp_N
+        if with_scoring:
+            # Between the forward and its backward: the worst place.
+            assert not frozen["reference"](batch).logp_N.requires_grad
+        out.sum().backward()
+        return {key: parameter.grad for key, parameter in actor.named_parameters() if parameter.grad is not None}
+
+    alone, between = gradients(with_scoring=False), gradients(with_scoring=True)
+    assert set(alone) == {key for key, _ in actor.named_parameters() if f".{ACTOR}." in key}
+    assert all(torch.equal(alone[key], between[key]) for key in alone)
+    assert sum(float(value.abs().sum()) for value in alone.values()) > 0
+    frozen["reference"].assert_frozen()
+
+
+def test_a_frozen_adapter_that_was_given_gradients_is_noticed(base_dir: Path, adapter_dirs: list[Path]) -> None:
+    teacher, reference = map(str, adapter_dirs)
+    actor, frozen = load_policies(teacher, {"reference": reference}, lora(base_dir), chunk_size=64)
+    actor.requires_grad_(True)
+    with pytest.raises(AssertionError, match="gradients on"):
+        frozen["reference"].assert_frozen()
+
+
+def test_the_actors_adapter_is_back_after_an_error(base_dir: Path, adapter_dirs: list[Path]) -> None:
+    actor, _ = load_policies(str(adapter_dirs[0]), {}, lora(base_dir), chunk_size=64)
+    before = logits(actor.model)
+
+    def fail() -> None:
+        with using(actor.model, None):
+            assert not torch.equal(logits(actor.model), before)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(logits(actor.model), before)
+
+
+def test_a_frozen_policy_on_another_base_is_a_model_of_its_own(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path, tiny_model: Any, batch: TokenBatch
+) -> None:
+    tiny_model("llama", seed=9, vocab_size=48).save_pretrained(tmp_path / "other")
+    actor, frozen = load_policies(
+        str(adapter_dirs[0]), {"reference": str(tmp_path / "other")}, lora(base_dir), chunk_size=64
+    )
+    assert frozen["reference"].model is not actor.model
+    assert type(frozen["reference"]) is CausalPolicy
+    whole = load_policy(str(tmp_path / "other"), BackboneConfig(name_or_path=""), chunk_size=64).freeze()
+    assert torch.equal(frozen["reference"](batch).logp_N, whole(batch).logp_N)
+
+
+def test_without_an_adapter_the_trained_policy_starts_as_the_base(base_dir: Path, batch: TokenBatch) -> None:
+    actor, frozen = load_policies(str(base_dir), {"teacher": str(base_dir)}, lora(base_dir), chunk_size=64)
+    assert isinstance(frozen["teacher"], AdapterPolicy)
+    assert torch.equal(actor(batch).logp_N, frozen["teacher"](batch).logp_N)
+    move(actor.model, ACTOR, 1)
+    whole = load_policy(str(base_dir), BackboneConfig(name_or_path=""), chunk_size=64).freeze()
+    assert torch.equal(frozen["teacher"](batch).logp_N, whole(batch).logp_N)
+
+
+def test_frozen_adapters_add_only_their_own_weights(base_dir: Path, adapter_dirs: list[Path]) -> None:
+    teacher, reference = map(str, adapter_dirs)
+    alone, _ = load_policies(teacher, {}, lora(base_dir), chunk_size=64)
+    shared, _ = load_policies(teacher, {"teacher": teacher, "reference": reference}, lora(base_dir), chunk_size=64)
+    size = sum(value.numel() for value in alone.model.parameters() if value.requires_grad)
+    total = [sum(value.numel() for value in policy.model.parameters()) for policy in (alone, shared)]
+    assert total[1] - total[0] == 2 * size
+    assert sum(value.numel() for value in shared.model.parameters() if value.requires_grad) == size
+
+
+def test_sources(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
+    assert find_source("some/hub-name").base == "some/hub-name"
+    assert find_source(str(base_dir)).adapter is None
+    found = find_source(str(adapter_dirs[0]))
+    assert (found.base, found.adapter) == (str(base_dir), adapter_dirs[0])
+    merged = tmp_path / "final"
+    model = load_model(str(base_dir), BackboneConfig(name_or_path=""))
+    load_adapter(model, ACTOR, adapter_dirs[0])
+    save_merged(model, ACTOR, merged)
+    save_adapter(model, ACTOR, merged / "adapter", base=str(base_dir))
+    found = find_source(str(merged))
+    assert (found.base, found.adapter) == (str(base_dir), merged / "adapter")
+    # By itself it is a whole model, which needs no base.
+    assert load_config(str(merged), BackboneConfig(name_or_path="")).vocab_size == 48
+    torch.testing.assert_close(
+        logits(load_model(str(merged), BackboneConfig(name_or_path=""))), logits(model), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_mistakes_are_named(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path, tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"model.backbone.lora: .*nowhere"):
+        add_adapter(model, ACTOR, LoRASettings(target_modules=["nowhere"]))
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    tied.tie_weights()
+    with pytest.raises(UserError, match="'lm_head' shares its weight"):
+        add_adapter(tied, ACTOR, LoRASettings(target_modules=["lm_head"]))
+    with pytest.raises(UserError, match=r"'model.embed_tokens' is a Embedding; name linear layers only"):
+        add_adapter(tiny_model("llama"), ACTOR, LoRASettings(target_modules=["embed_tokens"]))
+    other = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(UserError, match="is no adapter of this LlamaForCausalLM"):
+        load_adapter(other, ACTOR, adapter_dirs[0])
+    wide = tiny_model("llama", hidden_size=64)
+    with pytest.raises(UserError, match="does not fit LlamaForCausalLM"):
+        load_adapter(wide, ACTOR, adapter_dirs[0])
+    config = json.loads((adapter_dirs[0] / "adapter_config.json").read_text())
+    (adapter_dirs[0] / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="is of type IA3 on base"):
+        find_source(str(adapter_dirs[0]))
+    (adapter_dirs[0] / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        find_source(str(adapter_dirs[0]))
