@@ -169,6 +169,22 @@ def sha256_of_files(directory: Path) -> dict[str, str]:
     return found
 
 
+def weights_fingerprint(name_or_path: str) -> str:
+    """Return 16 hexadecimal digits that tell weights from others; a hub name is its own.
+
+    Directories of ours go by the checksums in their manifest, others by the names, sizes and times of their files: no
+    weight is read.
+    """
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        return name_or_path
+    found: Any = read_manifest(directory).get("weights_sha256") if is_complete(directory) else None
+    if not found:
+        files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
+        found = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hexadecimal digits of what a tokenizer's ids mean: tokens, merges, and the ids of BOS and EOS.
 

@@ -115,10 +115,7 @@ def find_policies(
     """
     if micro_batch_size < 1:
         raise UserError(f"--micro_batch_size: found {micro_batch_size}; give a whole number of at least 1")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device: '{device}' cannot be used here; give cpu, or a device that torch has") from error
+    check_device(device)
     backbone = BackboneConfig(name_or_path=teacher, dtype=dtype)  # type: ignore[arg-type]
     try:
         references = _references(teacher, reference, alphas)
@@ -130,7 +127,7 @@ def find_policies(
         raise UserError(str(error).replace("model.", "--")) from error
     pair = next(iter(pairs.values()))
     tokenizer = load_tokenizer(pair.teacher, backbone)
-    template = _template(pair.manifest, use_chat_template)
+    template = taught_template(pair.manifest, use_chat_template=use_chat_template)
     template.check(tokenizer)
     return FrozenPolicies(
         teacher=pair.teacher,
@@ -155,13 +152,30 @@ def _references(teacher: str, reference: str | None, alphas: Sequence[float] | N
     return {f"{alpha:g}": find_frozen_pair(teacher, None, alpha=alpha).reference for alpha in alphas or [0.5]}
 
 
-def _template(manifest: dict[str, Any] | None, use_chat_template: bool) -> PromptTemplate:
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have.
+
+    Raises:
+        UserError: Naming ``--device``.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device: '{device}' cannot be used here; give cpu, or a device that torch has") from error
+
+
+def taught_template(manifest: dict[str, Any] | None, *, use_chat_template: bool) -> PromptTemplate:
+    """Return the template that a model of ours was trained with; for another's, plain text or the tokenizer's chat.
+
+    Raises:
+        UserError: ``--chat`` contradicts the training.
+    """
     recorded = (manifest or {}).get("data")
     if not recorded:
         return ChatTemplate() if use_chat_template else TextTemplate()
     taught = template_from_manifest(recorded["template"])
     if use_chat_template and taught != ChatTemplate():
-        raise UserError(f"--chat: the teacher was trained with {taught}; leave it out")
+        raise UserError(f"--chat: the model was trained with {taught}; leave it out")
     return taught
 
 

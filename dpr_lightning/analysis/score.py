@@ -7,7 +7,6 @@ bounded and a killed run goes on where it stopped; the manifest comes last.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -38,11 +37,18 @@ from dpr_lightning.data.demonstrations import DemonstrationTable, load_demonstra
 from dpr_lightning.data.presets import PresetName
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import NonFiniteError, UserError
-from dpr_lightning.manifest import MANIFEST, atomic_write_json, environment, now, read_json, tokenizer_fingerprint
+from dpr_lightning.manifest import (
+    MANIFEST,
+    atomic_write_json,
+    environment,
+    now,
+    read_json,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 
 _SETTINGS = "settings.json"
 _PAGE, _IMAGE = "rewards.html", "rewards.png"
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -166,8 +172,8 @@ def _settings(parsed: argparse.Namespace, policies: FrozenPolicies, blocks: Bloc
     values = {
         "data": tally.fingerprint,
         "rows": len(blocks.table),
-        "teacher": _weights_name(policies.teacher),
-        "reference": _weights_name(reference),
+        "teacher": weights_fingerprint(policies.teacher),
+        "reference": weights_fingerprint(reference),
         "tokenizer": tokenizer_fingerprint(policies.tokenizer),
         "template": policies.template.to_manifest(),
         **{name: getattr(parsed, name) for name in ("max_prompt_tokens", "max_response_tokens", "block_rows")},
@@ -175,20 +181,6 @@ def _settings(parsed: argparse.Namespace, policies: FrozenPolicies, blocks: Bloc
     }
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
-
-
-def _weights_name(name_or_path: str) -> str:
-    """Return what tells weights from others: the checksums of our own, else the sizes and times of the files."""
-    directory = Path(name_or_path)
-    if not directory.is_dir():
-        return name_or_path
-    found: Any = None
-    if (directory / MANIFEST).is_file():
-        found = read_json(directory / MANIFEST).get("weights_sha256")
-    if not found:
-        files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
-        found = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -213,7 +213,7 @@ def test_two_directories_of_another_trainer(frozen_dirs: tuple[str, str], rows_f
             ["--data", "{rows}", "--verifier", "dpr_lightning.demo.verifier.TaskVerifier"],
             "row 1: no column 'fa",
         ),
-        ("diagnose", ["--chat"], "--chat: the teacher was trained with TextTemplate"),
+        ("diagnose", ["--chat"], "--chat: the model was trained with TextTemplate"),
     ],
 )
 def test_bad_input_is_refused_before_any_weights_load(

@@ -1,0 +1,1 @@
+"""Responses of any checkpoint to any file of prompts."""
