@@ -128,13 +128,13 @@ class SFTDataModule(LightningDataModule):
         return MicroBatchLoader(self.plan_epoch, self._train_batch, epoch=lambda: running_epoch(trainer))
 
     @override
-    def val_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch] | list[Any]:
+    def val_dataloader(self) -> list[Any]:
         # Lightning takes an empty list for "no validation".
-        return self._evaluation_loader("validation") if "validation" in self.encoded else []
+        return self._evaluation_loaders("validation") if "validation" in self.encoded else []
 
     @override
-    def test_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
-        return self._evaluation_loader("test")
+    def test_dataloader(self) -> list[Any]:
+        return self._evaluation_loaders("test")
 
     @override
     def predict_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
@@ -204,6 +204,17 @@ class SFTDataModule(LightningDataModule):
                 f"{self.num_leaked_prompts} of {len(held_out)} distinct validation prompts are training prompts too: "
                 "the validation loss will look better than it is"
             )
+
+    def _evaluation_loaders(self, split: SplitName) -> list[Any]:
+        """Return a loader of demonstrations, and one of their prompts where the module has metrics of responses."""
+        assert self.trainer is not None
+        loaders: list[Any] = [self._evaluation_loader(split)]
+        module: Any = self.trainer.lightning_module
+        if len(getattr(module, "metrics", [])):
+            world_size, rank = data_parallel_rank(self.trainer)
+            prompts = Prompts(self.encoded[split], self.drop_reports[split])
+            loaders.append(prompts.loader(module.decoding.batch_size, world_size=world_size, rank=rank))
+        return loaders
 
     def _evaluation_loader(self, split: SplitName) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
         assert self.trainer is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -21,6 +21,8 @@ from typing_extensions import override
 from dpr_lightning.data.loader import data_parallel_rank
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.errors import NonFiniteError, UserError
+from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
+from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import ACTOR, FOLDER, find_source, save_adapter, save_merged
@@ -43,6 +45,8 @@ class CausalLMModule(LightningModule):
         sampler: What draws them, and the rollouts.
         logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
         prediction_seed: Seed of ``predict`` and of sampled validation.
+        metrics: Figures of the responses to held-out prompts, logged by ``validate`` and ``test`` under their names.
+        verifier: The same as the metric ``VerifierAccuracy`` of this verifier, logged as accuracy.
     """
 
     frozen: dict[str, CausalPolicy]
@@ -58,6 +62,8 @@ class CausalLMModule(LightningModule):
         sampler: Sampler | None = None,
         logprob_chunk_size: int = 1024,
         prediction_seed: int = 0,
+        metrics: list[ResponseMetric] | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_lr_ratio)):
@@ -71,6 +77,12 @@ class CausalLMModule(LightningModule):
         self.sampler: Sampler = sampler if sampler is not None else TransformersSampler()
         self.logprob_chunk_size = logprob_chunk_size
         self.prediction_seed = prediction_seed
+        self.metrics = torch.nn.ModuleList(metrics or [])
+        if verifier is not None:
+            self.metrics.append(VerifierAccuracy(verifier))
+        names = [name for metric in self.response_metrics for name in metric.figures]
+        if len(set(names)) < len(names):
+            raise UserError(f"model.metrics: two of them log the same figure ({', '.join(names)}); leave one out")
         self.policy: CausalPolicy | None = None
         # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
         self.__dict__["frozen"] = {}
@@ -304,6 +316,34 @@ class CausalLMModule(LightningModule):
             }
             for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
         ]
+
+    @property
+    def response_metrics(self) -> list[ResponseMetric]:
+        """The metrics of responses to held-out prompts."""
+        return cast("list[ResponseMetric]", list(self.metrics))
+
+    def update_response_metrics(self, batch: PromptBatch, samples: Samples) -> None:
+        """Let every metric grade the responses to ``batch``."""
+        if not self.response_metrics:
+            return
+        texts = [self.decode(ids) for ids in samples.response_ids]
+        for metric in self.response_metrics:
+            metric.update(batch.rows, texts, samples.is_truncated)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_response_metrics("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_response_metrics("test")
+
+    def _log_response_metrics(self, stage: str) -> None:
+        for metric in self.response_metrics:
+            # Of all ranks: torchmetrics sums the states before it computes.
+            for name, value in metric.compute().items():
+                self.log(f"{stage}/{name}", value.float(), prog_bar=name == "accuracy", batch_size=1, sync_dist=True)
+            metric.reset()
 
     def evaluation_seed(self, batch_idx: int) -> int:
         """Return a seed that differs between batches and ranks, and not between epochs: curves stay comparable."""

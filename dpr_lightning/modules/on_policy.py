@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.data.tokenization import pad_id
-from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.models.policies import CausalPolicy, FrozenTeacher, find_teacher
 from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.rollout.scoring import make_rollouts
@@ -24,8 +23,6 @@ class OnPolicyModule(CausalLMModule):
     Args:
         teacher: A run of SFT of ours, or any transformers directory or hub name: pi_SFT, and the start of the policy.
         score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
-        verifier: Judges sampled responses in ``validate`` and ``test``, logged as accuracy; None leaves it out. A
-            truncated response is wrong.
         kwargs: See ``CausalLMModule``.
     """
 
@@ -36,16 +33,14 @@ class OnPolicyModule(CausalLMModule):
         self,
         teacher: str,
         score_micro_batch_size: int | None = None,
-        verifier: Verifier | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher
         self.score_micro_batch_size = score_micro_batch_size
-        self.verifier = verifier
         self._found_teacher: FrozenTeacher | None = None
         self.evaluation_metrics = torch.nn.ModuleDict(
-            {name: MeanMetric() for name in ("teacher_kl", "length", "truncated_share", "accuracy")}
+            {name: MeanMetric() for name in ("teacher_kl", "length", "truncated_share")}
         )
 
     @property
@@ -125,22 +120,17 @@ class OnPolicyModule(CausalLMModule):
         raise NotImplementedError
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
-        """Answer held-out prompts; log the method's figures of the answers, and the verifier's word."""
+        """Answer held-out prompts; log the method's figures of the answers, and what the metrics say of them."""
         samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
+        self.update_response_metrics(batch, samples)
         rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=pad_id(self.tokenizer))
         values = {
             **self.evaluation_scores(rollouts),
             "length": rollouts.response_mask_BT.sum(dim=1).float(),
             "truncated_share": rollouts.is_truncated_B.float(),
         }
-        if self.verifier is not None:
-            verdicts = [
-                not is_truncated and self.verifier(row, self.decode(ids))
-                for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
-            ]
-            values["accuracy"] = torch.tensor(verdicts, dtype=torch.float32)
         for name, values_B in values.items():
             metric = self.evaluation_metrics[name]
             assert isinstance(metric, MeanMetric)
             metric.update(values_B.to(self.device))
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.functional.losses import sft_loss
 from dpr_lightning.models.policies import scatter_tokens
 from dpr_lightning.modules.base import CausalLMModule
@@ -33,14 +34,27 @@ class SFTModule(CausalLMModule):
         return self.finish_step(out, batch, batch_idx)
 
     @override
-    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val/loss")
+    def validation_step(self, batch: SFTBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, "val/loss")
 
     @override
-    def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test/loss")
+    def test_step(self, batch: SFTBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, "test/loss")
 
-    def _evaluate(self, batch: SFTBatch, key: str) -> None:
+    def _evaluate(self, batch: SFTBatch | PromptBatch, batch_idx: int, key: str) -> None:
+        """Score held-out demonstrations; or answer held-out prompts, where there are metrics of responses."""
+        if isinstance(batch, PromptBatch):
+            samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
+            self.update_response_metrics(batch, samples)
+            return
         logp_N = self.actor(batch).logp_N
         self.evaluation_loss.update(-logp_N, torch.ones_like(logp_N))
-        self.log(key, self.evaluation_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+        self.log(
+            key,
+            self.evaluation_loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=1,
+            add_dataloader_idx=False,
+        )
