@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dpr_lightning.main import command_line
+from dpr_lightning.main import command_line, main
 from dpr_lightning.manifest import read_json, read_manifest
 
 pytestmark = [
@@ -183,6 +183,21 @@ def test_rewards_are_the_difference_of_two_independent_forward_passes(runs: Runs
     reward_N = runs.experience.reward_BT[rollouts.response_mask_BT]
     torch.testing.assert_close(reward_N, expected[0] - expected[1], rtol=0, atol=1e-3)
     assert float(reward_N.abs().max()) > 0.02, "teacher and reference do not differ: the test shows nothing"
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not GSM8K.exists(), reason="the shared data are not there")
+def test_credit_finds_wrong_numbers_in_worked_answers(runs: Runs, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in demonstrations(24)[8:]))
+    main(["credit", f"--teacher={runs.sft}", f"--data={rows}", "--preset=gsm8k", f"--out={tmp_path / 'out.json'}"])
+    found = read_json(tmp_path / "out.json")["localisation"]
+    assert (found["num_rows"], found["mean_num_corrupted"]) == (16, 1.0)
+    mrr = {row["score"]: row["mrr"]["value"] for row in found["scores"]}
+    # A model of English knows a wrong copy of a number, or a wrong sum, far better than chance does.
+    assert mrr["log pi_SFT"] > 3 * mrr["chance"]
+    assert mrr["log pi_ref"] > 3 * mrr["chance"]
+    assert all(math.isfinite(value) for value in mrr.values())
 
 
 @torch.no_grad()

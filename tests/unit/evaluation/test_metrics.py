@@ -93,7 +93,7 @@ def test_every_instruction_is_counted_and_a_prompt_needs_them_all() -> None:
         ("detectable_format:json_format", {}, '{"a": 1}', True, True),
         ("detectable_format:json_format", {}, "{a: 1}", False, False),
         # Arguments of a table that are null are as if absent.
-        ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at least", "num_words": None}, "a a", True, True),
+        ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at least", "x": None}, "a a", True, True),
         ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "Say it\nand more", True, True),
         ("punctuation:no_comma", {}, "", False, False),
     ],
