@@ -26,7 +26,7 @@ from dpr_lightning.data.tokenization import encode_prompts
 from dpr_lightning.errors import UserError
 from dpr_lightning.generation.parts import Parts
 from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blocks, temperatures_of
-from dpr_lightning.manifest import environment, now, tokenizer_fingerprint, weights_fingerprint
+from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
 from dpr_lightning.models.backbone import BackboneConfig, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
@@ -59,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--chat", action="store_true", help="use the tokenizer's chat template; a run brings its own")
+    group.add_argument("--template_of", help="directory whose recorded prompt template is used in place of the model's")
     group.add_argument("--batch_size", type=int, default=64, help="prompts decoded together")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +139,8 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         raise UserError(str(error).replace("model.teacher", "--model")) from error
     backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype)
     tokenizer = load_tokenizer(found.teacher, backbone)
-    template = taught_template(found.manifest, use_chat_template=parsed.chat)
+    manifest = found.manifest if parsed.template_of is None else read_manifest(Path(parsed.template_of))
+    template = taught_template(manifest, use_chat_template=parsed.chat)
     template.check(tokenizer)
     first = encode_prompts(tokenizer, template, [conversation(entry.turns[:1], []) for entry in entries])
     blocks = plan_blocks(

@@ -1,0 +1,1 @@
+"""The evaluation of a run against its teacher (ALGORITHM.md section 7)."""
