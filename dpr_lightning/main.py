@@ -35,6 +35,7 @@ COMMANDS = {
     "score": ("dpr_lightning.analysis.score", "token rewards of any responses, as a table and a page"),
     "credit": ("dpr_lightning.analysis.credit", "does the dense reward find a corrupted token, and the better answer?"),
     "variance": ("dpr_lightning.analysis.variance", "variance of the policy gradient by reward and return"),
+    "judge": ("dpr_lightning.judging.command", "win rates and ratings of responses by a judge, or of stored judgments"),
     "sweep": ("dpr_lightning.analysis.sweep", "many runs of one experiment, their results and their figures"),
 }
 """Commands beside Trainer's: module with a ``main(args)``, and the line that ``--help`` shows."""

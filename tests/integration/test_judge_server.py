@@ -1,0 +1,459 @@
+"""``dpr-lightning judge`` against a real server: nothing is lost, nothing is paid twice, no secret comes out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import re
+import signal
+import sqlite3
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import Act, ChatServer
+
+from dpr_lightning.errors import UserError
+from dpr_lightning.judging.command import main
+
+pytest.importorskip("openai")
+
+CANARY = "sk-canary-4b1d7e/+Zq9"
+"""With characters that are escaped in URLs."""
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    server = ChatServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", CANARY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pair_files(tmp_path: Path, num: int) -> list[str]:
+    """Prompts 0 to num - 1; the model writes 'long answer i', the baseline 'short i'."""
+    ours = [{"prompt": f"prompt {n}", "response": f"long answer {n}"} for n in range(num)]
+    theirs = [{"prompt": f"prompt {n}", "response": f"short {n}"} for n in range(num)]
+    return [
+        "--responses",
+        write(tmp_path / "ours.jsonl", ours),
+        "--baseline",
+        write(tmp_path / "theirs.jsonl", theirs),
+    ]
+
+
+def judge(server: ChatServer, tmp_path: Path, files: list[str], *more: str) -> dict[str, Any]:
+    out = tmp_path / "out"
+    asked = ["--judge_model", "judge", "--base_url", server.url, "--api_key_env", "JUDGE_KEY"]
+    main([*files, *asked, "--out", str(out), *more])
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def user_text(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"])
+
+
+def number_of(body: dict[str, Any]) -> int:
+    found = re.search(r"prompt (\d+)\n", user_text(body))
+    assert found is not None
+    return int(found[1])
+
+
+def is_model_first(body: dict[str, Any]) -> bool:
+    text = user_text(body)
+    return text.index("long answer") < text.index("short")
+
+
+def better(body: dict[str, Any]) -> Act:
+    """Prefer the model on even prompts, the baseline on odd ones, in either order."""
+    model_wins = number_of(body) % 2 == 0
+    return Act(text=f"Reasons.\nVerdict: {1 if is_model_first(body) == model_wins else 2}")
+
+
+def test_results_do_not_depend_on_the_order_of_arrival(server: ChatServer, tmp_path: Path) -> None:
+    def late_first(body: dict[str, Any], attempt: int) -> Act:
+        act = better(body)
+        act.delay = 0.02 * (10 - number_of(body))
+        return act
+
+    files = pair_files(tmp_path, 10)
+    server.behave = late_first
+    report = judge(server, tmp_path, files, "--concurrency", "8")
+    slow = (tmp_path / "out" / "judgments.jsonl").read_text()
+    server.behave = lambda body, attempt: better(body)
+    judge(server, tmp_path, files, "--concurrency", "1", "--cache", str(tmp_path / "other.sqlite"))
+    assert (tmp_path / "out" / "judgments.jsonl").read_text() == slow
+    # Five wins and five losses, every pair alike in both orders; each answer is shown first once.
+    model = report["models"][0]
+    assert (model["win_rate"]["value"], model["win_rate"]["wins"], model["win_rate"]["losses"]) == (0.5, 5, 5)
+    assert model["order"]["consistency"]["value"] == 1.0
+    assert model["order"]["first_shown"]["value"] == 0.5
+    assert model["counts"]["faulty_share"] == 0
+    assert report["source"]["judge_model"]["prompt_tokens"] == 20 * 7
+    assert [json.loads(line)["id"] for line in slow.splitlines()] == [f"prompt {n}" for n in range(10)]
+
+
+def test_the_limit_on_requests_in_flight_is_kept(server: ChatServer, tmp_path: Path) -> None:
+    # Three at a time get through; with fewer in flight this would not end, with more the server would notice.
+    barrier = threading.Barrier(3)
+
+    def in_threes(body: dict[str, Any], attempt: int) -> Act:
+        barrier.wait(timeout=60)
+        return Act()
+
+    server.behave = in_threes
+    judge(server, tmp_path, pair_files(tmp_path, 12), "--concurrency", "3")
+    assert server.most_in_flight == 3
+    assert server.asked.total() == 24
+
+
+def test_a_judge_that_always_takes_the_first_answer_shows_as_such(server: ChatServer, tmp_path: Path) -> None:
+    model = judge(server, tmp_path, pair_files(tmp_path, 6))["models"][0]
+    assert (model["win_rate"]["value"], model["win_rate"]["ties"]) == (0.5, 6)
+    assert model["order"]["consistency"]["value"] == 0.0
+    assert model["order"]["first_shown"]["value"] == 1.0
+
+
+def test_transient_failures_are_retried_and_nothing_is_lost_or_paid_twice(server: ChatServer, tmp_path: Path) -> None:
+    first = {
+        0: Act(status=429, headers={"Retry-After": "1"}, body='{"error": {"message": "slow down"}}'),
+        1: Act(status=429, body='{"error": {"message": "slow down"}}'),
+        2: Act(status=500, body="oops"),
+        3: Act(is_reset=True),
+        4: Act(delay=6.0),
+        5: Act(status=503, body="{"),
+    }
+    server.behave = lambda body, attempt: first.get(number_of(body), better(body)) if attempt == 1 else better(body)
+    files = pair_files(tmp_path, 8)
+    model = judge(server, tmp_path, files, "--timeout", "3", "--concurrency", "16")["models"][0]
+    assert model["counts"] == {
+        "prompts": 8,
+        "with_all_verdicts": 8,
+        "lost": {},
+        "repeated": {},
+        "failed_games": {},
+        "faulty_share": 0.0,
+    }
+    assert model["win_rate"]["value"] == 0.5
+    by_number = {number_of(body): 0 for body in server.bodies}
+    for body in server.bodies:
+        by_number[number_of(body)] += 1
+    # Two games each; those of prompts 0 to 5 had to be asked twice.
+    assert by_number == {0: 4, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 2, 7: 2}
+    waits = [times[1] - times[0] for times in server.times.values() if len(times) > 1]
+    assert sum(wait >= 1.0 for wait in waits) >= 2, "Retry-After was not honoured"
+    # A second run takes all from disk.
+    before = server.asked.total()
+    again = judge(server, tmp_path, files)["models"][0]
+    assert server.asked.total() == before
+    assert again["win_rate"] == model["win_rate"]
+
+
+def test_failures_are_counted_by_kind_refuse_the_score_and_are_asked_again(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    acts = {
+        0: Act(text=None, refusal="I will not judge this."),
+        1: Act(text=""),
+        2: Act(text="Both are fine."),
+        3: Act(text="Verdict: 1\nVerdict: 2"),
+        4: Act(text="Well, the first", finish_reason="length"),
+        5: Act(is_truncated=True),
+        6: Act(status=400, body='{"error": {"message": "too long"}}'),
+        7: Act(status=500, body="{}"),
+        8: Act(body='{"choices": []}'),
+        9: Act(text="x", finish_reason="content_filter"),
+    }
+    server.behave = lambda body, attempt: acts.get(number_of(body), better(body))
+    files = pair_files(tmp_path, 30)
+    with pytest.raises(UserError, match=r"10 of 30 prompts \(33.3%\) are lost or repeated, and 2.0% may be"):
+        judge(server, tmp_path, files, "--max_retries", "0")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    model = report["models"][0]
+    assert model["counts"]["failed_games"] == {
+        "refusal": 4,
+        "empty reply": 2,
+        "no verdict": 4,
+        "cut before a verdict": 2,
+        "broken reply": 4,
+        "request refused": 2,
+        "server error": 2,
+    }
+    assert "win_rate" not in model
+    assert "no score: 10 of 30" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").read_text().splitlines()]
+    assert rows[0]["games"][0]["detail"] == "I will not judge this."
+    # A larger share may be lost if the user says so; then 20 whole prompts count, 10 of them even.
+    server.behave = lambda body, attempt: acts.get(number_of(body), better(body))
+    asked = server.asked.total()
+    model = judge(server, tmp_path, files, "--max_retries", "0", "--max_failed", "0.4")["models"][0]
+    assert (model["win_rate"]["n"], model["win_rate"]["value"]) == (20, 0.5)
+    assert server.asked.total() - asked == 20, "what had a verdict was paid for twice, or a failure was kept"
+    # The server recovers: only what failed is asked.
+    server.behave = lambda body, attempt: better(body)
+    asked = server.asked.total()
+    model = judge(server, tmp_path, files)["models"][0]
+    assert (model["win_rate"]["n"], model["counts"]["failed_games"]) == (30, {})
+    assert server.asked.total() - asked == 20
+
+
+def test_a_killed_run_resumes_with_the_missing_requests_only(server: ChatServer, tmp_path: Path) -> None:
+    def first_twenty(body: dict[str, Any], attempt: int) -> Act:
+        act = better(body)
+        act.delay = 0.0 if number_of(body) < 10 else 60.0
+        return act
+
+    server.behave = first_twenty
+    files = pair_files(tmp_path, 16)
+    command = [*files, "--judge_model", "judge", "--base_url", server.url, "--api_key_env", "JUDGE_KEY"]
+    command += ["--out", str(tmp_path / "out"), "--concurrency", "4"]
+    # Forked and not spawned: it need not import everything again.
+    process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+    process.start()
+    try:
+        deadline = time.monotonic() + 200
+        while _num_cached(tmp_path / "out" / "cache.sqlite") < 20:
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert server.answered.total() == 20
+    server.behave = lambda body, attempt: better(body)
+    model = judge(server, tmp_path, files)["models"][0]
+    assert (model["win_rate"]["n"], model["win_rate"]["value"]) == (16, 0.5)
+    # 32 requests, each answered once; the four in flight when the run died were asked once more.
+    finished = [key for key, count in server.asked.items() if count == 1]
+    assert len(server.asked) == 32
+    assert len(finished) == 28
+    assert all(server.answered[key] == 1 for key in finished)
+
+
+def _num_cached(path: Path) -> int:
+    if not path.exists():
+        return 0
+    connection = sqlite3.connect(path)
+    try:
+        return int(connection.execute("SELECT count(*) FROM replies").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        connection.close()
+
+
+def test_a_server_that_went_away_is_not_asked_for_ever(server: ChatServer, tmp_path: Path) -> None:
+    server.behave = lambda body, attempt: Act(status=500, body="{}")
+    with pytest.raises(UserError, match="no score"):
+        judge(server, tmp_path, pair_files(tmp_path, 40), "--max_retries", "0", "--concurrency", "2")
+    model = json.loads((tmp_path / "out" / "report.json").read_text())["models"][0]
+    failed = model["counts"]["failed_games"]
+    assert failed["server error"] + failed["not asked"] == 80
+    assert 10 <= server.asked.total() <= 12
+
+
+def test_equal_questions_are_asked_once_and_equal_answers_not_at_all(server: ChatServer, tmp_path: Path) -> None:
+    ours = [{"id": 1, "prompt": "a", "response": "x"}, {"id": 2, "prompt": "a", "response": "x"}]
+    ours.append({"id": 3, "prompt": "b", "response": "same"})
+    theirs = [{**row, "response": "same"} for row in ours]
+    files = ["--responses", write(tmp_path / "o.jsonl", ours), "--baseline", write(tmp_path / "t.jsonl", theirs)]
+    model = judge(server, tmp_path, files, "--match", "id")["models"][0]
+    assert server.asked.total() == 2
+    assert model["win_rate"] | {"low": 0, "high": 0} == {
+        "value": 0.5,
+        "low": 0,
+        "high": 0,
+        "n": 3,
+        "wins": 0,
+        "ties": 3,
+        "losses": 0,
+    }
+
+
+def test_what_shapes_an_answer_is_asked_anew(server: ChatServer, tmp_path: Path) -> None:
+    files = pair_files(tmp_path, 2)
+    judge(server, tmp_path, files)
+    for change in (["--max_tokens", "99"], ["--token_limit_key", "max_completion_tokens"], ["--judge_model", "other"]):
+        before = server.asked.total()
+        judge(server, tmp_path, files, *change)
+        assert server.asked.total() - before == 4
+    before = server.asked.total()
+    judge(server, tmp_path, files, "--concurrency", "2", "--timeout", "9")
+    assert server.asked.total() == before
+
+
+def test_dry_run_and_cost(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY")
+    prices = ["--price_in", "1000000", "--price_out", "1000000"]
+    files = pair_files(tmp_path, 3)
+    asked = ["--judge_model", "judge", "--base_url", server.url, "--out", str(tmp_path / "out")]
+    main([*files, *asked, "--dry_run", "--max_tokens", "10", *prices])
+    told = capsys.readouterr().out
+    found = re.search(r"6 to send: about (\d+) tokens in, at most 60 out; at most about ([\d.]+) at your prices", told)
+    assert found is not None
+    # Price 1 a token.
+    assert float(found[2]) == int(found[1]) + 60
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--max_cost: 6 games"):
+        main([*files, *asked, "--max_cost", "1", *prices, "--api_key_env", "none"])
+    assert server.asked.total() == 0
+
+
+def test_alpaca_eval_2_asks_and_reads_as_published(server: ChatServer, tmp_path: Path) -> None:
+    template = tmp_path / "template.txt"
+    template.write_text(
+        "<|im_start|>system\nRank.\n<|im_end|>\n<|im_start|>user\n{instruction}|{output_1}|{output_2}\n<|im_end|>"
+    )
+    # P(m) = 0.8, P(M) = 0.2, whoever is shown first.
+    logprobs = {"m": -0.2231435513, "M": -1.6094379124, "The": -9.0}
+    server.behave = lambda body, attempt: Act(text="m", logprobs=logprobs)
+    rows = [{"instruction": f"do {n}", "output": f"ours {n}", "generator": "us"} for n in range(20)]
+    base = [{"instruction": f"do {n}", "output": f"base {n}", "generator": "them"} for n in range(20)]
+    files = ["--responses", write(tmp_path / "o.jsonl", rows), "--baseline", write(tmp_path / "b.jsonl", base)]
+    preset = ["--preset", "alpaca_eval_2", "--templates", str(template)]
+    model = judge(server, tmp_path, files, *preset)["models"][0]
+    body = server.bodies[0]
+    assert {key: value for key, value in body.items() if key != "messages"} == {
+        "model": "judge",
+        "temperature": 1,
+        "max_tokens": 1,
+        "top_p": 1.0,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+    ours_first = sum(user_text(body).index("ours") < user_text(body).index("base") for body in server.bodies)
+    assert 0 < ours_first < 20
+    official = {figure["name"]: figure["value"] for figure in model["official"]}
+    assert official["win_rate"] == pytest.approx((80 * ours_first + 20 * (20 - ours_first)) / 20)
+    assert official["n_wins"] == ours_first
+    assert model["order"]["first_shown"]["value"] == pytest.approx(0.8)
+    stored = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").read_text().splitlines()]
+    assert {row["generator_1"] for row in stored} == {"them"}
+    # The file that was written counts to the same figures.
+    stored_at = ["--from_judgments", str(tmp_path / "out" / "judgments.jsonl")]
+    main([*stored_at, "--preset", "alpaca_eval_2", "--out", str(tmp_path / "again")])
+    again = json.loads((tmp_path / "again" / "report.json").read_text())["models"][0]
+    assert again["official"] == model["official"]
+
+
+def test_mt_bench_takes_the_templates_of_category_and_turn(server: ChatServer, tmp_path: Path) -> None:
+    names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+    marks = {
+        "single-v1": "{question}|{answer}",
+        "single-math-v1": "{question}|{ref_answer_1}|{answer}",
+        "single-v1-multi-turn": "{question_1}|{answer_1}|{question_2}|{answer_2}",
+        "single-math-v1-multi-turn": "{ref_answer_1}|{ref_answer_2}|{question_2}|{answer_2}",
+    }
+    templates = [{"name": name, "system_prompt": name, "prompt_template": marks[name]} for name in names]
+    questions = [
+        {"question_id": 81, "category": "writing", "turns": ["w1", "w2"]},
+        {"question_id": 111, "category": "math", "turns": ["m1", "m2"]},
+    ]
+    answers = [{"question_id": n, "model_id": "us", "choices": [{"turns": [f"a{n}-1", f"a{n}-2"]}]} for n in (81, 111)]
+    references = [{"question_id": 111, "choices": [{"turns": ["r1", "r2"]}]}]
+    ratings = {"single-v1": "9", "single-v1-multi-turn": "7.5", "single-math-v1": "4"}
+
+    def rate(body: dict[str, Any], attempt: int) -> Act:
+        name = body["messages"][0]["content"]
+        return Act(text=f"Fine. Rating: [[{ratings[name]}]]" if name in ratings else "Rating: [2]")
+
+    server.behave = rate
+    files = ["--responses", write(tmp_path / "answers.jsonl", answers)]
+    files += ["--prompts", write(tmp_path / "question.jsonl", questions)]
+    files += ["--templates", write(tmp_path / "judge_prompts.jsonl", templates), "--preset", "mt_bench"]
+    with pytest.raises(UserError, match=r"--references: question 111 \(math\) has no reference answer for turn 1"):
+        judge(server, tmp_path, files)
+    assert server.asked.total() == 0
+    model = judge(server, tmp_path, [*files, "--references", write(tmp_path / "ref.jsonl", references)])["models"][0]
+    assert {body["messages"][0]["content"]: user_text(body) for body in server.bodies} == {
+        "single-v1": "w1|a81-1",
+        "single-v1-multi-turn": "w1|a81-1|w2|a81-2",
+        "single-math-v1": "m1|r1|a111-1",
+        "single-math-v1-multi-turn": "r1|r2|m2|a111-2",
+    }
+    official = {figure["name"]: figure["value"] for figure in model["official"]}
+    # (9 + 7.5 + 4 + 2) / 4; turns (9 + 4) / 2 and (7.5 + 2) / 2.
+    assert official == {
+        "score": 5.625,
+        "first_turn": 6.5,
+        "second_turn": 4.75,
+        "category writing": 8.25,
+        "category math": 3.0,
+    }
+
+
+def test_no_secret_leaves_by_any_path(
+    server: ChatServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    echo = f"the key was {CANARY}, in a header Bearer {CANARY}"
+    wrong = json.dumps({"error": {"message": echo, "code": echo}})
+    headers = {"X-Echo": CANARY, "Retry-After": "0.05"}
+    acts = [
+        Act(status=429, headers=headers, body=wrong),
+        Act(status=500, headers=headers, body=wrong),
+        Act(status=400, headers=headers, body=wrong),
+        Act(headers=headers, body=echo),
+        Act(headers=headers, body=json.dumps({"choices": echo})),
+        Act(text=None, refusal=echo, headers=headers),
+        Act(text=echo, headers=headers),
+        Act(text=f"{echo}\nVerdict: 1", headers=headers),
+        Act(text="Verdict: 1", headers=headers, logprobs={CANARY: -1.0}),
+        Act(is_reset=True),
+        Act(delay=1.0),
+        Act(is_truncated=True, text=echo),
+    ]
+    server.behave = lambda body, attempt: acts[number_of(body)]
+    problems = []
+
+    def attempt(*arguments: str, files: list[str]) -> None:
+        try:
+            judge(server, tmp_path, files, *arguments)
+        except (UserError, SystemExit) as error:
+            problems.append("".join(traceback.format_exception(error)))
+
+    attempt("--max_retries", "1", "--timeout", "0.5", files=pair_files(tmp_path, len(acts)))
+    for status in (401, 403, 404):
+        server.behave = lambda body, attempt, status=status: Act(status=status, headers=headers, body=wrong)  # type: ignore[misc]
+        attempt(files=pair_files(tmp_path, 14))
+    server.behave = lambda body, attempt: Act()
+    attempt("--api_key", CANARY, files=pair_files(tmp_path, 14))
+    attempt("--api_key_env", CANARY, files=pair_files(tmp_path, 14))
+    attempt("--api_key_env", "CANARYWITHOUTDASHES", files=pair_files(tmp_path, 14))
+    attempt("--base_url", f"http://user:{CANARY}@127.0.0.1:9/v1", files=pair_files(tmp_path, 14))
+    attempt("--base_url", f"http://127.0.0.1:9/v1?key={CANARY}", files=pair_files(tmp_path, 14))
+    monkeypatch.setenv("JUDGE_KEY", f"{CANARY}\x07")
+    attempt(files=pair_files(tmp_path, 14))
+    assert len(problems) == 10
+    assert server.authorization == {f"Bearer {CANARY}"}
+    told = capsys.readouterr()
+    written = [path.read_bytes().decode(errors="replace") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) >= 4
+    assert any("[secret]" in text for text in written)
+    for text in [*problems, told.out, told.err, caplog.text, *written]:
+        assert CANARY not in text
+        assert CANARY.split("/")[0] not in text
+        assert "CANARYWITHOUTDASHES" not in text
