@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -23,6 +24,7 @@ from dpr_lightning.judging.command import main
 
 pytest.importorskip("openai")
 
+ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-4b1d7e/+Zq9"
 """With characters that are escaped in URLs."""
 
@@ -223,19 +225,17 @@ def test_a_killed_run_resumes_with_the_missing_requests_only(server: ChatServer,
     files = pair_files(tmp_path, 16)
     command = [*files, "--judge_model", "judge", "--base_url", server.url, "--api_key_env", "JUDGE_KEY"]
     command += ["--out", str(tmp_path / "out"), "--concurrency", "4"]
-    # Forked and not spawned: it need not import everything again.
-    process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
-    process.start()
+    process = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "judge", *command])
     try:
         deadline = time.monotonic() + 200
         while _num_cached(tmp_path / "out" / "cache.sqlite") < 20:
-            assert process.is_alive()
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.kill()
-        process.join()
-    assert process.exitcode == -signal.SIGKILL
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert server.answered.total() == 20
     server.behave = lambda body, attempt: better(body)
     model = judge(server, tmp_path, files)["models"][0]
