@@ -89,11 +89,11 @@ def check(parsed: argparse.Namespace) -> None:
     num_sides = PRESETS[parsed.preset].num_sides
     if num_sides == 1 and parsed.baseline is not None:
         raise UserError(f"--baseline: --preset {parsed.preset} grades single answers; leave it out")
-    if num_sides == 1 and parsed.prompts is None:
+    if PRESETS[parsed.preset].needs_answers_in_turn > 1 and parsed.prompts is None:
         raise UserError(f"--prompts: --preset {parsed.preset} needs the questions with their turns and categories")
     if num_sides > 1 and parsed.baseline is None:
         raise UserError(f"--baseline: --preset {parsed.preset} compares two files of responses; give the second")
-    if parsed.references is not None and num_sides > 1:
+    if parsed.references is not None and not PRESETS[parsed.preset].uses_references:
         raise UserError(f"--references: --preset {parsed.preset} uses none; leave it out")
     if parsed.verifier is not None:
         if parsed.preset != PaperPreset.name:

@@ -63,24 +63,34 @@ def _count_stored(
         baseline=parsed.baseline_name or "baseline",
         judge=parsed.judge_model or "unknown",
         categories={entry.id: entry.category for entry in asked if entry.id and entry.category},
+        chosen_baseline=parsed.baseline_name,
     )
-    records = [record for source in parsed.from_judgments for record in read_judgments(source, preset, context)]
+    records: list[Record] = []
+    num_others = 0
+    for path in parsed.from_judgments:
+        found, others = read_judgments(path, preset, context)
+        records += found
+        num_others += others
+    if not records:
+        raise UserError(f"--baseline_name: no judgments of a pair with '{parsed.baseline_name}'; give another, or none")
+    if num_others:
+        console.print(f"{num_others} rows are of pairs without {parsed.baseline_name}", markup=False, highlight=False)
     models = []
-    for found in by_model(records, model=parsed.model).values():
-        keys = {record.key for record in found}
+    for of_model in by_model(records, model=parsed.model).values():
+        keys = {record.key for record in of_model}
         missing = sum(entry.id not in keys and entry.prompt not in keys for entry in asked)
         lost = Counter({"missing in the judgments": missing}) if missing else Counter[str]()
         models.append(
             judged_model(
-                found,
+                of_model,
                 preset,
                 lost=lost,
-                repeated=repeated(found),
+                repeated=repeated(of_model),
                 max_failed=parsed.max_failed,
                 seed=parsed.seed,
             )
         )
-    source = {"from_judgments": parsed.from_judgments}
+    source = {"from_judgments": parsed.from_judgments, "rows_of_other_pairs": num_others}
     _finish(parsed, preset, parsed.judge_model or "of the stored judgments", models, records, source, console)
 
 

@@ -39,6 +39,7 @@ class MTBenchPreset(Preset):
     judge_model = "gpt-4"
     num_sides = 1
     needs_answers_in_turn = 2
+    uses_references = True
 
     def __init__(self, *, templates: Mapping[str, Mapping[str, str]] | None = None) -> None:
         self.templates = templates or {}
@@ -53,13 +54,7 @@ class MTBenchPreset(Preset):
         Raises:
             UserError: Its category wants references that the item lacks.
         """
-        is_referenced = game.item.category in WITH_REFERENCE
-        if is_referenced and len(game.item.references) <= game.turn:
-            raise UserError(
-                f"--references: question {game.item.key} ({game.item.category}) has no reference answer for turn "
-                f"{game.turn + 1}; give FastChat's reference_answer file"
-            )
-        return f"single-{'math-' if is_referenced else ''}v1{'-multi-turn' if game.turn else ''}"
+        return f"single-{'math-' if has_reference(game) else ''}v1{'-multi-turn' if game.turn else ''}"
 
     @override
     def request(self, game: Game) -> Request:
@@ -116,7 +111,7 @@ class MTBenchPreset(Preset):
             model=row.get("model") or context.model,
             turn=turn,
             rating=rating,
-            category=row.get("category") or context.categories.get(str(key)) or _official_category(str(key)),
+            category=row.get("category") or context.categories.get(str(key)) or official_category(str(key)),
             prompt=row.get("user_prompt") or "",
             text=row.get("judgment") or row.get("detail") or "",
             failure=None if rating is not None else row.get("failure") or "no verdict",
@@ -137,6 +132,22 @@ class MTBenchPreset(Preset):
         return figures
 
 
+def has_reference(game: Game) -> bool:
+    """Return whether a game is judged against reference answers.
+
+    Raises:
+        UserError: Its category wants references that the item lacks.
+    """
+    if game.item.category not in WITH_REFERENCE:
+        return False
+    if len(game.item.references) <= game.turn:
+        raise UserError(
+            f"--references: question {game.item.key} ({game.item.category}) has no reference answer for turn "
+            f"{game.turn + 1}; give FastChat's reference_answer file"
+        )
+    return True
+
+
 def _mean(name: str, grades: Sequence[GradeRecord], seed: int, *, note: str = "") -> Figure:
     ratings = [grade.rating for grade in grades if grade.rating is not None]
     by_question: dict[str, list[float]] = {}
@@ -148,7 +159,7 @@ def _mean(name: str, grades: Sequence[GradeRecord], seed: int, *, note: str = ""
     return Figure(name=name, value=sum(ratings) / len(ratings), low=interval.low, high=interval.high, note=note)
 
 
-def _official_category(key: str) -> str | None:
+def official_category(key: str) -> str | None:
     """Return the category of one of MT-Bench's own questions, 81 to 160, ten to a category."""
     number = int(key) - _FIRST_QUESTION if key.isdecimal() else -1
     is_official = 0 <= number < _QUESTIONS_A_CATEGORY * len(_CATEGORIES)

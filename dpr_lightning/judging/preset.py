@@ -38,6 +38,8 @@ class Context:
     judge: str
     categories: Mapping[str, str] = field(default_factory=dict)
     """Category by id of the prompt, from the file of prompts."""
+    chosen_baseline: str | None = None
+    """The only baseline that is wanted, of files that hold pairs of many models; None takes all pairs."""
 
 
 class Preset(ABC):
@@ -48,6 +50,8 @@ class Preset(ABC):
     """The judge that the preset's published numbers come from."""
     num_sides: ClassVar[int] = 2
     needs_answers_in_turn: ClassVar[int] = 1
+    uses_references: ClassVar[bool] = False
+    """Whether right answers are shown to the judge."""
 
     @abstractmethod
     def games(self, item: Item) -> list[Game]:
@@ -84,6 +88,10 @@ class Preset(ABC):
         Raises:
             UserError: It is none; the message begins with ``where``.
         """
+
+    def records(self, row: Row, context: Context, where: str) -> list[Record]:
+        """Return what one row says: of one model, of each of a pair, or nothing where it is of other pairs."""
+        return [self.record(row, context, where)]
 
     @abstractmethod
     def figures(self, records: Sequence[Record], *, seed: int) -> list[Figure]:

@@ -8,7 +8,8 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.judging.alpaca_eval import AlpacaEval1Preset, AlpacaEval2Preset, AlpacaEvalPreset
 from dpr_lightning.judging.arena_hard import ArenaHard2Preset, ArenaHardPreset
 from dpr_lightning.judging.length_control import LengthControl
-from dpr_lightning.judging.mt_bench import MTBenchPreset
+from dpr_lightning.judging.mt_bench import TEMPLATE_NAMES, MTBenchPreset
+from dpr_lightning.judging.mt_bench_pair import PAIR_TEMPLATE_NAMES, MTBenchPairPreset
 from dpr_lightning.judging.paper import PaperPreset
 from dpr_lightning.judging.preset import Preset
 from dpr_lightning.judging.templates import alpaca_eval_template, arena_hard_template, mt_bench_templates
@@ -22,6 +23,7 @@ PRESETS: dict[str, type[Preset]] = {
         ArenaHardPreset,
         ArenaHard2Preset,
         MTBenchPreset,
+        MTBenchPairPreset,
     )
 }
 
@@ -61,4 +63,6 @@ def make_preset(
     if issubclass(kind, ArenaHardPreset):
         system, user = arena_hard_template(templates) if will_ask else ("", "")
         return kind(system=system, template=user)
-    return MTBenchPreset(templates=mt_bench_templates(templates) if will_ask else None)
+    if kind is MTBenchPairPreset:
+        return MTBenchPairPreset(templates=mt_bench_templates(templates, PAIR_TEMPLATE_NAMES) if will_ask else None)
+    return MTBenchPreset(templates=mt_bench_templates(templates, TEMPLATE_NAMES) if will_ask else None)

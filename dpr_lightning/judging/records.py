@@ -32,6 +32,7 @@ class PairRecord:
     model: str
     baseline: str
     games: tuple[GameRecord, ...]
+    turn: int = 1
     prompt: str = ""
     category: str | None = None
     model_length: int | None = None

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dpr_lightning.data.readers import open_records
 from dpr_lightning.errors import UserError
 from dpr_lightning.judging.preset import Context, Preset, Record
-from dpr_lightning.judging.records import GradeRecord
+from dpr_lightning.judging.records import PairRecord
 
 
-def read_judgments(source: str, preset: Preset, context: Context) -> list[Record]:
-    """Read one file, or all files of a glob pattern.
+def read_judgments(source: str, preset: Preset, context: Context) -> tuple[list[Record], int]:
+    """Return the records of one file, or of all files of a glob pattern, and how many rows are of other pairs.
 
     Args:
         source: JSON lines, JSON or Parquet in the preset's published format.
@@ -25,7 +25,8 @@ def read_judgments(source: str, preset: Preset, context: Context) -> list[Record
     key = "--from_judgments"
     records = open_records(source, subset=None, hub_split="test", key=key)
     rows = records.read(range(len(records)))
-    return [preset.record(row, context, f"{key}: {records.locate(number)}") for number, row in enumerate(rows)]
+    found = [preset.records(row, context, f"{key}: {records.locate(number)}") for number, row in enumerate(rows)]
+    return [record for of_row in found for record in of_row], sum(not of_row for of_row in found)
 
 
 def by_model(records: Sequence[Record], *, model: str | None = None) -> Mapping[str, list[Record]]:
@@ -50,6 +51,8 @@ def by_model(records: Sequence[Record], *, model: str | None = None) -> Mapping[
 
 def repeated(records: Sequence[Record]) -> Counter[str]:
     """Return how many judgments are of a prompt (and turn) that has an earlier one."""
-    seen = Counter((record.key, record.turn if isinstance(record, GradeRecord) else 0) for record in records)
+    seen = Counter(
+        (record.key, record.turn, record.baseline if isinstance(record, PairRecord) else "") for record in records
+    )
     again = sum(count - 1 for count in seen.values())
     return Counter({"repeated judgment": again}) if again else Counter()

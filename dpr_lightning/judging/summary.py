@@ -55,7 +55,7 @@ def summarize(records: Sequence[Record], preset: Preset, *, seed: int) -> dict[s
     }
     if whole:
         result |= {
-            "baseline": whole[0].baseline,
+            "baseline": _baseline(whole),
             "win_rate": _win_rate(whole, seed),
             "order": _order(whole, seed),
             "length": _lengths(whole, seed),
@@ -66,10 +66,22 @@ def summarize(records: Sequence[Record], preset: Preset, *, seed: int) -> dict[s
     return result
 
 
+def _baseline(records: Sequence[PairRecord]) -> str:
+    names = {record.baseline for record in records}
+    return names.pop() if len(names) == 1 else f"{len(names)} models"
+
+
+def _estimate(records: Sequence[PairRecord], shares: Sequence[float], seed: int) -> dict[str, Any]:
+    """Return the mean over prompts: turns, and pairs with several baselines, go together."""
+    place: dict[str, int] = {}
+    index = [place.setdefault(record.key, len(place)) for record in records]
+    return asdict(share_estimate(shares, prompt_index=index, seed=seed))
+
+
 def _win_rate(records: Sequence[PairRecord], seed: int) -> dict[str, Any]:
     scores = [record.score for record in records]
     return {
-        **asdict(share_estimate(scores, seed=seed)),
+        **_estimate(records, scores, seed),
         "wins": sum(score > 0.5 for score in scores),
         "ties": sum(score == 0.5 for score in scores),
         "losses": sum(score < 0.5 for score in scores),
@@ -83,31 +95,32 @@ def _order(records: Sequence[PairRecord], seed: int) -> dict[str, Any]:
     ``first_shown`` is the mean preference for the answer shown first; one half is no bias. With both orders of every
     prompt each answer is first equally often; with one order drawn by chance it also holds that luck.
     """
+    in_both: list[PairRecord] = []
+    told: list[PairRecord] = []
     agrees, first = [], []
     for record in records:
         known = [game for game in record.games if game.value is not None and game.first != "unknown"]
         signs = {game.first: np.sign(game.value - 0.5) for game in known if game.value is not None}
         if len(signs) == 2:
+            in_both.append(record)
             agrees.append(float(signs["model"] == signs["baseline"]))
         values = [game.value if game.first == "model" else 1 - game.value for game in known if game.value is not None]
         if values:
+            told.append(record)
             first.append(sum(values) / len(values))
     return {
-        "consistency": asdict(share_estimate(agrees, seed=seed)) if agrees else None,
-        "first_shown": asdict(share_estimate(first, seed=seed)) if first else None,
+        "consistency": _estimate(in_both, agrees, seed) if agrees else None,
+        "first_shown": _estimate(told, first, seed) if first else None,
     }
 
 
 def _lengths(records: Sequence[PairRecord], seed: int) -> dict[str, Any] | None:
     """Return mean lengths in characters, and the win rate in bins of equally many prompts by length difference."""
-    known = [
-        (record.model_length, record.baseline_length, record.score)
-        for record in records
-        if record.model_length is not None and record.baseline_length is not None
-    ]
+    known = [r for r in records if r.model_length is not None and r.baseline_length is not None]
     if not known:
         return None
-    model_P, baseline_P, score_P = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+    model_P = np.array([record.model_length for record in known], dtype=np.float64)
+    baseline_P = np.array([record.baseline_length for record in known], dtype=np.float64)
     difference_P = model_P - baseline_P
     order_P = np.argsort(difference_P, kind="stable")
     num_bins = max(1, min(_MAX_BINS, len(known) // _MIN_PROMPTS_A_BIN))
@@ -117,7 +130,7 @@ def _lengths(records: Sequence[PairRecord], seed: int) -> dict[str, Any] | None:
             {
                 "from": int(difference_P[chosen].min()),
                 "to": int(difference_P[chosen].max()),
-                **asdict(share_estimate(score_P[chosen], seed=seed)),
+                **_estimate([known[n] for n in chosen], [known[n].score for n in chosen], seed),
             }
         )
     return {"model": float(model_P.mean()), "baseline": float(baseline_P.mean()), "bins": bins}
@@ -127,7 +140,8 @@ def _by(records: Sequence[PairRecord], group: Callable[[PairRecord], str | None]
     names = sorted({name for record in records if (name := group(record)) is not None})
     if len(names) < 2:
         return []
-    return [
-        {"category": name, **asdict(share_estimate([r.score for r in records if group(r) == name], seed=seed))}
-        for name in names
-    ]
+    result: list[Mapping[str, Any]] = []
+    for name in names:
+        found = [record for record in records if group(record) == name]
+        result.append({"category": name, **_estimate(found, [record.score for record in found], seed)})
+    return result

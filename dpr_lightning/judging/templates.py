@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpr_lightning.errors import UserError
-from dpr_lightning.judging.mt_bench import TEMPLATE_NAMES
 
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -71,8 +70,8 @@ def arena_hard_template(path: Path | None) -> tuple[str, str]:
     return system, template
 
 
-def mt_bench_templates(path: Path | None) -> dict[str, dict[str, str]]:
-    """Return FastChat's single-answer templates by name, from its ``judge_prompts.jsonl``.
+def mt_bench_templates(path: Path | None, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return FastChat's templates of these names, from its ``judge_prompts.jsonl``.
 
     Raises:
         UserError: There is none, or one is missing.
@@ -84,7 +83,7 @@ def mt_bench_templates(path: Path | None) -> dict[str, dict[str, str]]:
         found = {row["name"]: {key: str(row[key]) for key in ("system_prompt", "prompt_template")} for row in rows}
     except (ValueError, LookupError, TypeError):
         raise UserError(f"--templates: '{path}' is no judge_prompts.jsonl; give FastChat's") from None
-    missing = [name for name in TEMPLATE_NAMES if name not in found]
+    missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"--templates: '{path}' lacks {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
     return found
