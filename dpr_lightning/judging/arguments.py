@@ -45,7 +45,18 @@ def judge_parser(description: str) -> argparse.ArgumentParser:
     # A trap: what is written here would stand in the shell's history and in the list of processes.
     judge.add_argument("--api_key", help=argparse.SUPPRESS)
     judge.add_argument("--max_tokens", type=int, default=512, help="longest reply under preset paper")
-    judge.add_argument("--token_limit_key", choices=["max_tokens", "max_completion_tokens"], default="max_tokens")
+    judge.add_argument(
+        "--token_limit_key",
+        choices=["max_tokens", "max_completion_tokens"],
+        default="max_tokens",
+        help="field that limits the reply; reasoning models want the second (default: %(default)s)",
+    )
+    judge.add_argument(
+        "--temperature",
+        choices=["preset", "default"],
+        default="preset",
+        help="the preset's, or none at all for models that refuse it (default: %(default)s)",
+    )
     judge.add_argument("--concurrency", type=int, default=_DEFAULT.concurrency, help="most requests in flight")
     judge.add_argument("--timeout", type=float, default=_DEFAULT.timeout, help="seconds for one attempt")
     judge.add_argument("--max_retries", type=int, default=_DEFAULT.max_retries, help="further attempts of a request")

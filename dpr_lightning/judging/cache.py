@@ -34,8 +34,11 @@ class ReplyCache:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
             self._connection.execute("SELECT key, reply FROM replies LIMIT 1")
+            # A file that can only be read should be found out before the first reply is paid for.
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("ROLLBACK")
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"--cache: '{path}' is no cache of ours ({error}); choose another file") from error
+            raise UserError(f"--cache: '{path}' cannot be used as a cache ({error}); choose another file") from error
 
     def get(self, key: str) -> Reply | None:
         """Return the reply to a request; None where there is none."""

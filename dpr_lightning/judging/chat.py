@@ -44,6 +44,20 @@ class NoVerdictError(ValueError):
     """A reply holds no verdict in the form that was asked for; the message says what it holds."""
 
 
+def adapted(request: Request, *, token_limit_key: str, with_temperature: bool) -> Request:
+    """Return a request for a model that wants other fields than a preset's.
+
+    Args:
+        request: The preset's.
+        token_limit_key: Field that limits the reply, in place of ``max_tokens``.
+        with_temperature: Whether the temperature is sent.
+    """
+    decoding = {token_limit_key if name == "max_tokens" else name: value for name, value in request.decoding.items()}
+    if not with_temperature:
+        decoding.pop("temperature", None)
+    return Request(messages=request.messages, decoding=decoding)
+
+
 def cache_key(request: Request, *, model: str, base_url: str) -> str:
     """Return the SHA-256 of everything that shapes the answer."""
     shape = [base_url.rstrip("/"), model, [dict(message) for message in request.messages], dict(request.decoding)]

@@ -18,6 +18,8 @@ NO_KEY = "none"
 """Name of the key's variable where the server wants none."""
 TRANSPORT_FAILURES = frozenset({"rate limit", "server error", "timeout", "no connection"})
 """Failures of the way to the model, each after all its retries."""
+REFUSED = "request refused"
+"""What the server answers to a request that it will not take, whoever asks."""
 _WIRE_LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 _MAX_FAILURES_IN_A_ROW = 10
 
@@ -77,22 +79,30 @@ class ChatClient:
             max_retries=self.endpoint.max_retries,
         )
 
-    def ask(self, requests: Sequence[Request], on_reply: OnReply) -> None:
+    def ask(self, requests: Sequence[Request], on_reply: OnReply, *, ends_on_refusals: bool = False) -> None:
         """Send all requests; ``on_reply`` gets the number of each and what came, in the order of arrival.
 
         After ten requests in a row that no retry got through, the rest is not sent, and fails as ``not asked``.
 
-        Raises:
-            UserError: The server refuses the key or does not know the model: nothing further is sent.
-        """
-        asyncio.run(self._ask_all(requests, on_reply))
+        Args:
+            requests: What to send.
+            on_reply: Called in this thread.
+            ends_on_refusals: Whether ten refused requests before the first reply end the run: then a setting is wrong,
+                and not a question.
 
-    async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply) -> None:
+        Raises:
+            UserError: The server refuses the key, does not know the model, or refuses the first requests: nothing
+                further is sent.
+        """
+        asyncio.run(self._ask_all(requests, on_reply, ends_on_refusals))
+
+    async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply, ends_on_refusals: bool) -> None:
         queue = iter(enumerate(requests))
         failures_in_a_row = 0
+        refusals_left = min(_MAX_FAILURES_IN_A_ROW, len(requests)) if ends_on_refusals else -1
 
         async def work() -> None:
-            nonlocal failures_in_a_row
+            nonlocal failures_in_a_row, refusals_left
             for number, request in queue:
                 if failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
                     found: Reply | Failure = Failure(kind="not asked", detail="the server had stopped answering")
@@ -100,6 +110,15 @@ class ChatClient:
                     found = await self._ask(client, request)
                     is_lost = isinstance(found, Failure) and found.kind in TRANSPORT_FAILURES
                     failures_in_a_row = failures_in_a_row + 1 if is_lost else 0
+                    if isinstance(found, Failure) and found.kind == REFUSED:
+                        refusals_left -= 1
+                        if refusals_left == 0:
+                            raise UserError(
+                                f"the judge's server refuses the requests ({found.detail}); change what it names, "
+                                "--token_limit_key and --temperature default say which fields are sent"
+                            )
+                    elif isinstance(found, Reply):
+                        refusals_left = -1
                 on_reply(number, found)
 
         async with self._connect() as client:
@@ -129,7 +148,7 @@ class ChatClient:
         except openai.APIConnectionError as error:
             return Failure(kind="no connection", detail=self._describe(error))
         except openai.APIStatusError as error:
-            return Failure(kind="request refused", detail=self._describe(error))
+            return Failure(kind=REFUSED, detail=self._describe(error))
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
             # Whatever the client makes of a body that is no chat completion.
             return Failure(kind="broken reply", detail=self._describe(error))

@@ -31,6 +31,9 @@ from dpr_lightning.judging.stored import by_model, read_judgments, repeated
 from dpr_lightning.judging.verifier_judge import VerifierJudge
 from dpr_lightning.manifest import atomic_write_json, environment, now
 
+_INTERRUPTED = 130
+"""The exit status that shells expect after Ctrl-C."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare two files of responses, or grade one, by a judge; or count judgments that are already there."""
@@ -46,7 +49,6 @@ def main(args: Sequence[str] | None = None) -> None:
         will_ask=parsed.from_judgments is None and parsed.verifier is None,
         length_control=None if parsed.gamed_baseline is None else LengthControl(parsed.gamed_baseline, order),
         max_tokens=parsed.max_tokens,
-        token_limit_key=parsed.token_limit_key,
     )
     if parsed.from_judgments is not None:
         _count_stored(parsed, preset, prompts, console)
@@ -137,7 +139,13 @@ def _judge(parsed: argparse.Namespace, preset: Preset, prompts: Sequence[Entry] 
     client = ChatClient(endpoint)
     path = parsed.cache or parsed.out / "cache.sqlite"
     with ReplyCache(path if path.exists() or not parsed.dry_run else Path(":memory:")) as cache:
-        model_judge = ModelJudge(preset, client, cache)
+        model_judge = ModelJudge(
+            preset,
+            client,
+            cache,
+            token_limit_key=parsed.token_limit_key,
+            with_temperature=parsed.temperature == "preset",
+        )
         estimate = model_judge.estimate(flat)
         _print_estimate(estimate, parsed, console)
         if not parsed.dry_run:
@@ -156,8 +164,12 @@ def _ask(
     console: Console,
 ) -> None:
     """Judge, keep the judgments in the preset's own format, and report on what that file says."""
-    with tqdm(total=len(flat), desc="judging", unit="game", disable=None) as bar:
-        outcomes = iter(judge.judge(flat, on_progress=bar.update))
+    try:
+        with tqdm(total=len(flat), desc="judging", unit="game", disable=None) as bar:
+            outcomes = iter(judge.judge(flat, on_progress=bar.update))
+    except KeyboardInterrupt:
+        print("stopped; what was answered is kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
     baseline = parsed.baseline_name or (names[BASELINE] if len(names) > BASELINE else "")
     context = Context(model=parsed.model or names[0], baseline=baseline, judge=judge.name)
     rows = [
@@ -188,6 +200,8 @@ def _ask(
             "model": endpoint.model,
             "base_url": model_judge.client.base_url,
             "is_the_presets": endpoint.model == preset.judge_model,
+            "token_limit_key": parsed.token_limit_key,
+            "temperature": parsed.temperature,
             "prompt_tokens": model_judge.prompt_tokens,
             "completion_tokens": model_judge.completion_tokens,
         }

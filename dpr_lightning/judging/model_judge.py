@@ -6,7 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dpr_lightning.judging.cache import ReplyCache
-from dpr_lightning.judging.chat import NoVerdictError, Reply, Request, cache_key, estimated_tokens, shorten, unusable
+from dpr_lightning.judging.chat import (
+    NoVerdictError,
+    Reply,
+    Request,
+    adapted,
+    cache_key,
+    estimated_tokens,
+    shorten,
+    unusable,
+)
 from dpr_lightning.judging.client import ChatClient
 from dpr_lightning.judging.games import Failure, Game, Outcome
 from dpr_lightning.judging.preset import Preset
@@ -40,12 +49,24 @@ class ModelJudge:
         preset: Makes the questions and reads the answers.
         client: Sends them.
         cache: Keeps replies that held a verdict, and no others.
+        token_limit_key: Field of the request that limits the reply.
+        with_temperature: Whether the preset's temperature is sent.
     """
 
-    def __init__(self, preset: Preset, client: ChatClient, cache: ReplyCache) -> None:
+    def __init__(
+        self,
+        preset: Preset,
+        client: ChatClient,
+        cache: ReplyCache,
+        *,
+        token_limit_key: str = "max_tokens",
+        with_temperature: bool = True,
+    ) -> None:
         self.preset = preset
         self.client = client
         self.cache = cache
+        self.token_limit_key = token_limit_key
+        self.with_temperature = with_temperature
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -71,7 +92,7 @@ class ModelJudge:
         """Return the outcome of every game, in their order; see ``Judge``.
 
         Raises:
-            UserError: The server refuses the key or does not know the model.
+            UserError: The server refuses the key, does not know the model, or refuses the first requests of all.
         """
         outcomes, requests, members = self._plan(games)
         missing: list[str] = []
@@ -99,7 +120,8 @@ class ModelJudge:
             else:
                 decide(key, known)
         if missing:
-            self.client.ask([requests[key] for key in missing], receive)
+            is_first = len(missing) == len(requests)
+            self.client.ask([requests[key] for key in missing], receive, ends_on_refusals=is_first)
         decided = [outcome for outcome in outcomes if outcome is not None]
         assert len(decided) == len(games)
         return decided
@@ -111,7 +133,11 @@ class ModelJudge:
         members: dict[str, list[int]] = {}
         for number, game in enumerate(games):
             if outcomes[number] is None:
-                request = self.preset.request(game)
+                request = adapted(
+                    self.preset.request(game),
+                    token_limit_key=self.token_limit_key,
+                    with_temperature=self.with_temperature,
+                )
                 key = cache_key(request, model=self.client.endpoint.model, base_url=self.client.base_url)
                 requests.setdefault(key, request)
                 members.setdefault(key, []).append(number)

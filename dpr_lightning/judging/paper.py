@@ -50,14 +50,13 @@ class PaperPreset(Preset):
 
     Args:
         max_tokens: Longest reply of the judge.
-        token_limit_key: Field of the request that limits the reply; newer models want ``max_completion_tokens``.
     """
 
     name = "paper"
     judge_model = "gpt-4o"
 
-    def __init__(self, *, max_tokens: int = 512, token_limit_key: str = "max_tokens") -> None:
-        self.decoding = {"temperature": 0, token_limit_key: max_tokens}
+    def __init__(self, *, max_tokens: int = 512) -> None:
+        self.decoding = {"temperature": 0, "max_tokens": max_tokens}
 
     @override
     def games(self, item: Item) -> list[Game]:

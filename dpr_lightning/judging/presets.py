@@ -35,7 +35,6 @@ def make_preset(
     will_ask: bool = True,
     length_control: LengthControl | None = None,
     max_tokens: int = 512,
-    token_limit_key: str = "max_tokens",
 ) -> Preset:
     """Return a preset, with its templates where a model will be asked.
 
@@ -45,7 +44,6 @@ def make_preset(
         will_ask: Whether templates are wanted.
         length_control: For AlpacaEval only.
         max_tokens: Longest reply of the judge under ``paper``; the official presets have their own.
-        token_limit_key: Name of that limit under ``paper``.
 
     Raises:
         UserError: A template is missing, or something does not go with the preset.
@@ -56,7 +54,7 @@ def make_preset(
     if templates is not None and (kind is PaperPreset or not will_ask):
         raise UserError("--templates: no template is asked for here; leave it out")
     if kind is PaperPreset:
-        return PaperPreset(max_tokens=max_tokens, token_limit_key=token_limit_key)
+        return PaperPreset(max_tokens=max_tokens)
     if issubclass(kind, AlpacaEvalPreset):
         template = alpaca_eval_template(templates, kind.template_file) if will_ask else []
         return kind(template=template, length_control=length_control)

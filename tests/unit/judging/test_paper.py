@@ -48,14 +48,14 @@ def test_anything_else_is_no_verdict(text: str) -> None:
 
 
 def test_both_orders_and_marks_in_answers_stay() -> None:
-    preset = PaperPreset(max_tokens=9, token_limit_key="max_completion_tokens")
+    preset = PaperPreset(max_tokens=9)
     first, second = preset.games(ITEM)
     assert (first.shown, second.shown) == ((BASELINE, MODEL), (MODEL, BASELINE))
     request = preset.request(second)
     text = request.messages[1]["content"]
     assert "<request>\nSay {answer_1}.\n</request>" in text
     assert text.index("ours {answer_2}") < text.index("theirs")
-    assert dict(request.decoding) == {"temperature": 0, "max_completion_tokens": 9}
+    assert dict(request.decoding) == {"temperature": 0, "max_tokens": 9}
     assert preset.max_completion_tokens(request) == 9
     # The judge is told nothing about who wrote what.
     assert "us" not in text.replace("ours", "").split()
