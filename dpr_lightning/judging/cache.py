@@ -36,6 +36,7 @@ class ReplyCache:
             self._connection.execute("SELECT key, reply FROM replies LIMIT 1")
             # A file that can only be read should be found out before the first reply is paid for.
             self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("INSERT OR REPLACE INTO replies VALUES ('', '')")
             self._connection.execute("ROLLBACK")
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"--cache: '{path}' cannot be used as a cache ({error}); choose another file") from error

@@ -7,7 +7,7 @@ import pytest
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.judging.cache import ReplyCache
-from dpr_lightning.judging.chat import Redactor, Reply, Request, cache_key, estimated_tokens, unusable
+from dpr_lightning.judging.chat import Redactor, Reply, Request, adapted, cache_key, estimated_tokens, unusable
 from dpr_lightning.judging.client import _api_key, _check_url
 
 REQUEST = Request(messages=({"role": "user", "content": "hi"},), decoding={"temperature": 0, "max_tokens": 5})
@@ -28,6 +28,12 @@ def test_the_key_holds_everything_that_shapes_an_answer() -> None:
     assert cache_key(swapped, model="m", base_url="http://a/v1/") in keys
 
 
+def test_a_request_is_adapted_to_models_that_want_other_fields() -> None:
+    assert adapted(REQUEST, token_limit_key="max_tokens", with_temperature=True) == REQUEST
+    reasoning = adapted(REQUEST, token_limit_key="max_completion_tokens", with_temperature=False)
+    assert (reasoning.messages, dict(reasoning.decoding)) == (REQUEST.messages, {"max_completion_tokens": 5})
+
+
 def test_the_cache_keeps_replies_between_processes(tmp_path: Path) -> None:
     reply = Reply(text="\u2028 x", finish_reason="stop", first_token_logprobs={"m": -0.5}, prompt_tokens=3)
     with ReplyCache(tmp_path / "deep" / "c.sqlite") as cache, ReplyCache(tmp_path / "deep" / "c.sqlite") as other:
@@ -39,7 +45,7 @@ def test_the_cache_keeps_replies_between_processes(tmp_path: Path) -> None:
 
 def test_another_file_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a database, and long enough to be looked at as one" * 50)
-    with pytest.raises(UserError, match=r"--cache: '.*notes.txt' is no cache of ours"):
+    with pytest.raises(UserError, match=r"--cache: '.*notes.txt' cannot be used as a cache"):
         ReplyCache(tmp_path / "notes.txt")
 
 
