@@ -80,8 +80,9 @@ def unusable(reply: Reply) -> Failure | None:
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """Return ``text`` on one line, cut where it is long."""
-    line = " ".join(text.split())
+    """Return ``text`` on one line without control characters, cut where it is long."""
+    # A terminal obeys control characters, and a lone surrogate cannot be printed at all.
+    line = " ".join("".join(mark if mark.isprintable() else " " for mark in text[: 20 * limit]).split())
     return line if len(line) <= limit else f"{line[:limit]}..."
 
 

@@ -149,6 +149,8 @@ class ChatClient:
             return Failure(kind="no connection", detail=self._describe(error))
         except openai.APIStatusError as error:
             return Failure(kind=REFUSED, detail=self._describe(error))
+        except UnicodeEncodeError:
+            return Failure(kind="unsendable text", detail="it holds one half of a surrogate pair")
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
             # Whatever the client makes of a body that is no chat completion.
             return Failure(kind="broken reply", detail=self._describe(error))

@@ -135,6 +135,7 @@ def test_published_files_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         {"question_id": row["question_id"], "model_id": "us", "choices": [{"turns": ["one", "two"]}]}
         for row in questions
     ]
+    write(tmp_path / "others.jsonl", [{**row, "choices": [{"turns": ["three", "four"]}]} for row in turns])
     runs = {
         # 500 prompts in both orders, and of the other shape of the same questions.
         "1000 games: 0 need no question": [
@@ -159,6 +160,12 @@ def test_published_files_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         "160 games": [
             *("--preset", "mt_bench", "--templates", str(mt_bench / "judge_prompts.jsonl")),
             *("--responses", write(tmp_path / "turns.jsonl", turns), "--prompts", str(mt_bench / "question.jsonl")),
+            *("--references", str(mt_bench / "reference_answer_gpt-4.jsonl")),
+        ],
+        "320 games": [
+            *("--preset", "mt_bench_pair", "--templates", str(mt_bench / "judge_prompts.jsonl")),
+            *("--responses", str(tmp_path / "turns.jsonl"), "--baseline", str(tmp_path / "others.jsonl")),
+            *("--prompts", str(mt_bench / "question.jsonl")),
             *("--references", str(mt_bench / "reference_answer_gpt-4.jsonl")),
         ],
     }

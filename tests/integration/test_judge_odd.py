@@ -75,7 +75,7 @@ def test_a_lone_surrogate_fails_alone(server: ChatServer, tmp_path: Path) -> Non
         main([*files(tmp_path, ["fine", "broken \ud800", "fine too"]), *options(server, tmp_path / "out")])
     counts = report(tmp_path / "out")["counts"]
     assert counts["with_all_verdicts"] == 2
-    assert sum(counts["failed_games"].values()) == 2
+    assert counts["failed_games"] == {"unsendable text": 2}
 
 
 def test_an_unsupported_setting_is_told_in_the_servers_words(server: ChatServer, tmp_path: Path) -> None:

@@ -401,6 +401,48 @@ def test_mt_bench_takes_the_templates_of_category_and_turn(server: ChatServer, t
     }
 
 
+def test_mt_bench_by_pairs_counts_the_same_from_its_file(server: ChatServer, tmp_path: Path) -> None:
+    names = ("pair-v2", "pair-math-v1", "pair-v2-multi-turn", "pair-math-v1-multi-turn")
+    body = {name: "{answer_a_2} or {answer_b_2}" if "turn" in name else "{answer_a} or {answer_b}" for name in names}
+    templates = [{"name": name, "system_prompt": "s", "prompt_template": body[name]} for name in names]
+    questions = [{"question_id": 81 + n, "category": "writing", "turns": ["1", "2"]} for n in range(4)]
+
+    def answers(name: str) -> list[dict[str, Any]]:
+        return [
+            {"question_id": 81 + n, "model_id": name, "choices": [{"turns": [f"{name} 1", f"{name} 2"]}]}
+            for n in range(4)
+        ]
+
+    def choose(body: dict[str, Any], attempt: int) -> Act:
+        # Ours in the first turn; in the second whichever comes first.
+        text = user_text(body)
+        return Act(text="[[A]]" if text.startswith("us 1") or " 2" in text else "[[B]]")
+
+    server.behave = choose
+    files = ["--responses", write(tmp_path / "us.jsonl", answers("us"))]
+    files += ["--baseline", write(tmp_path / "them.jsonl", answers("them"))]
+    files += ["--prompts", write(tmp_path / "question.jsonl", questions), "--preset", "mt_bench_pair"]
+    model = judge(server, tmp_path, [*files, "--templates", write(tmp_path / "prompts.jsonl", templates)])["models"][0]
+    official = {figure["name"]: figure["value"] for figure in model["official"]}
+    assert official == {
+        "win_rate_adjusted": 0.75,
+        "win_rate": 0.5,
+        "loss_rate": 0.0,
+        "win": 4,
+        "loss": 0,
+        "tie": 4,
+    }
+    assert (model["win_rate"]["value"], model["win_rate"]["n"]) == (0.75, 4)
+    # Four questions are two requests a turn: equal ones are asked once.
+    assert server.asked.total() == 4
+    stored = ["--from_judgments", str(tmp_path / "out" / "judgments.jsonl"), "--preset", "mt_bench_pair"]
+    main([*stored, "--baseline_name", "them", "--out", str(tmp_path / "again")])
+    (again,) = json.loads((tmp_path / "again" / "report.json").read_text())["models"]
+    assert again == model
+    with pytest.raises(UserError, match="no judgments of a pair with 'nobody'"):
+        main([*stored, "--baseline_name", "nobody", "--out", str(tmp_path / "again")])
+
+
 def test_no_secret_leaves_by_any_path(
     server: ChatServer,
     tmp_path: Path,

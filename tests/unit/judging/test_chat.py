@@ -7,7 +7,7 @@ import pytest
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.judging.cache import ReplyCache
-from dpr_lightning.judging.chat import Redactor, Reply, Request, adapted, cache_key, estimated_tokens, unusable
+from dpr_lightning.judging.chat import Redactor, Reply, Request, adapted, cache_key, estimated_tokens, shorten, unusable
 from dpr_lightning.judging.client import _api_key, _check_url
 
 REQUEST = Request(messages=({"role": "user", "content": "hi"},), decoding={"temperature": 0, "max_tokens": 5})
@@ -26,6 +26,11 @@ def test_the_key_holds_everything_that_shapes_an_answer() -> None:
     assert len(keys) == 5
     swapped = dataclasses.replace(REQUEST, decoding={"max_tokens": 5, "temperature": 0})
     assert cache_key(swapped, model="m", base_url="http://a/v1/") in keys
+
+
+def test_details_hold_nothing_that_a_terminal_obeys() -> None:
+    assert shorten("a\x1b[31m b\r\n\ud800c\u202e") == "a [31m b c"
+    assert shorten("x" * 400) == "x" * 300 + "..."
 
 
 def test_a_request_is_adapted_to_models_that_want_other_fields() -> None:
