@@ -9,10 +9,13 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from dpr_lightning.judging.command import main
 
 
 @dataclass
@@ -132,3 +135,21 @@ def completion(act: Act) -> dict[str, Any]:
         ],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
     }
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def judge(server: ChatServer, tmp_path: Path, files: list[str], *more: str) -> dict[str, Any]:
+    """Run the command with the key that JUDGE_KEY holds, and return its report."""
+    out = tmp_path / "out"
+    asked = ["--judge_model", "judge", "--base_url", server.url, "--api_key_env", "JUDGE_KEY"]
+    main([*files, *asked, "--out", str(out), *more])
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def user_text(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import Act, ChatServer
+from chat_server import Act, ChatServer, write
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.judging.cache import ReplyCache
@@ -29,11 +29,6 @@ def server() -> Iterator[ChatServer]:
     server = ChatServer()
     yield server
     server.close()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def files(tmp_path: Path, answers: list[str]) -> list[str]:
