@@ -37,6 +37,7 @@ COMMANDS = {
     "variance": ("dpr_lightning.analysis.variance", "variance of the policy gradient by reward and return"),
     "generate": ("dpr_lightning.generation.command", "responses of any checkpoint to the prompts of a file"),
     "evaluate": ("dpr_lightning.protocol.command", "a run against its teacher on benchmarks"),
+    "judge": ("dpr_lightning.judging.command", "win rates and ratings of responses by a judge, or of stored judgments"),
     "sweep": ("dpr_lightning.analysis.sweep", "many runs of one experiment, their results and their figures"),
 }
 """Commands beside Trainer's: module with a ``main(args)``, and the line that ``--help`` shows."""
