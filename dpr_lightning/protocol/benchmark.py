@@ -76,7 +76,9 @@ def read_benchmark(path: Path, data_dir: Path | None) -> Benchmark:
 
 def _check(benchmark: Benchmark, path: Path) -> None:
     if (benchmark.judge is None) == (benchmark.metric is None):
-        raise UserError(f"{path}: found {'both' if benchmark.judge else 'neither'} judge and metric; give one of them")
+        raise UserError(
+            f"{path}: found {'both' if benchmark.judge else 'neither'} of judge and metric; give one of them"
+        )
     if not benchmark.temperatures or len(set(benchmark.temperatures)) < len(benchmark.temperatures):
         raise UserError(f"{path}: temperatures: found {benchmark.temperatures}; give one or more different numbers")
     if benchmark.category_temperatures is not None and len(benchmark.temperatures) > 1:

@@ -94,7 +94,10 @@ def test_listing_is_complete() -> None:
         *(f"regime_{name}.yaml" for name in ("plenty", "scarce", "saturated")),
         "learning_rates.yaml",
     }
-    assert rest - experiments == {
+    benchmarks = {path for path in rest if path.startswith("evaluation/")}
+    names = ("alpaca_eval", "arena_hard", "embedded", "gsm8k", "ifeval", "lima", "mt_bench")
+    assert benchmarks == {f"evaluation/{name}.yaml" for name in names}
+    assert rest - experiments - benchmarks == {
         "base.yaml",
         "lora.yaml",
         "demo/rollouts.yaml",
