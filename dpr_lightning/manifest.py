@@ -153,8 +153,14 @@ def atomic_write_json(path: Path, value: Mapping[str, Any]) -> None:
 
     Values that JSON does not know (paths, types) become their ``str``.
     """
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8 by rename; what UTF-8 cannot hold (lone surrogates) becomes "?"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _sibling(path, "partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="replace")
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)

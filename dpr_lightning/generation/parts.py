@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpr_lightning.errors import UserError
-from dpr_lightning.manifest import atomic_write_json, read_json
+from dpr_lightning.manifest import atomic_write_json, atomic_write_text, read_json
 
 _SETTINGS = "settings.json"
 
@@ -84,10 +83,5 @@ class Parts:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        # ASCII only: no character of a response can then break a line or fail to be encoded.
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    # ASCII only: no character of a response can then break a line.
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from dpr_lightning.judging.presets import make_preset
 from dpr_lightning.judging.report import judged_model, print_result
 from dpr_lightning.judging.stored import by_model, read_judgments, repeated
 from dpr_lightning.judging.verifier_judge import VerifierJudge
-from dpr_lightning.manifest import atomic_write_json, environment, now
+from dpr_lightning.manifest import atomic_write_json, atomic_write_text, environment, now
 
 _INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
@@ -178,7 +177,7 @@ def _ask(
         for row in preset.rows(item, of_item, [next(outcomes) for _ in of_item], context)
     ]
     path = parsed.out / "judgments.jsonl"
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     records = [preset.record(json.loads(json.dumps(row)), context, str(path)) for row in rows]
     model = judged_model(
         records,
@@ -235,7 +234,7 @@ def _finish(
     print_result(result, console)
     parsed.out.mkdir(parents=True, exist_ok=True)
     atomic_write_json(parsed.out / "report.json", result)
-    _write(parsed.out / "report.html", render_page(result, records))
+    atomic_write_text(parsed.out / "report.html", render_page(result, records))
     console.print(f"report: {parsed.out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
     refused = [model for model in models if model["refused"] is not None]
     if refused:
@@ -270,11 +269,3 @@ def _print_estimate(estimate: Estimate, parsed: argparse.Namespace, console: Con
 def _model_name(entries: Sequence[Entry], source: str) -> str:
     names = {entry.model for entry in entries}
     return str(names.pop()) if len(names) == 1 and None not in names else Path(source).stem
-
-
-def _write(path: Path, text: str) -> None:
-    """Write by rename: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)

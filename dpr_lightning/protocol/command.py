@@ -16,7 +16,15 @@ from rich.console import Console
 from dpr_lightning.errors import UserError
 from dpr_lightning.generation.command import main as generate
 from dpr_lightning.main import packaged_configs
-from dpr_lightning.manifest import atomic_write_json, environment, is_complete, now, read_json, read_manifest
+from dpr_lightning.manifest import (
+    atomic_write_json,
+    atomic_write_text,
+    environment,
+    is_complete,
+    now,
+    read_json,
+    read_manifest,
+)
 from dpr_lightning.models.policies import find_teacher
 from dpr_lightning.protocol.benchmark import Benchmark, read_benchmark
 from dpr_lightning.protocol.compare import compare_by_metric, compare_ratings, describe, read_rows
@@ -102,6 +110,9 @@ def evaluate(parsed: argparse.Namespace, console: Console) -> None:
     paths = [Path(path) for path in packaged_configs(parsed.benchmarks)]
     # All are read first: a mistake in the last one is told before the first has run for an hour.
     benchmarks = {path.stem: read_benchmark(path, parsed.data_dir) for path in paths}
+    for name, benchmark in benchmarks.items():
+        if parsed.temperatures is not None and benchmark.category_temperatures is not None:
+            raise UserError(f"--temperatures: {name} has a temperature for each category; leave one of the two out")
     results, refused = {}, []
     for name, benchmark in benchmarks.items():
         console.rule(f"[bold]{benchmark.title}")
@@ -135,7 +146,7 @@ def evaluate(parsed: argparse.Namespace, console: Console) -> None:
         "environment": environment(),
     }
     atomic_write_json(out / "report.json", result)
-    (out / "report.md").write_text(to_markdown(result), encoding="utf-8")
+    atomic_write_text(out / "report.md", to_markdown(result))
     print_result(result, console)
     for name, found in results.items():
         if len(found["rows"]) > 1:

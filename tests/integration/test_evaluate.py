@@ -231,6 +231,9 @@ def broken(run: Path, tmp_path: Path, what: str) -> list[str]:
         path = "configs/evaluation/nothing.yaml"
     elif what == "samples":
         path = benchmark(tmp_path, judge="paper", num_samples=4)
+    elif what == "categories":
+        path = benchmark(tmp_path, metric=metric(), category_temperatures="mt_bench")
+        data += ["--temperatures", "0", "1"]
     return [str(run), "--benchmarks", path, *data]
 
 
@@ -244,6 +247,7 @@ def broken(run: Path, tmp_path: Path, what: str) -> list[str]:
         ("no data", "prompts: no file 'prompts.jsonl'; set --data_dir"),
         ("absent", "no file 'configs/evaluation/nothing.yaml'"),
         ("samples", "num_samples: found 4; a judge compares one answer each"),
+        ("categories", "--temperatures: small has a temperature for each category"),
     ],
 )
 def test_mistakes_are_told_before_weights_load(
