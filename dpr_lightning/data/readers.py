@@ -10,6 +10,7 @@ import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ _TEXT_FEATURES = datasets.Features(
     {"record": datasets.Value("large_string"), "file": datasets.Value("int32"), "line": datasets.Value("int64")}
 )
 _NUM_ROWS_FOR_COLUMNS = 100
+_LARGE = 64 * 2**20
+"""Bytes that take more than a moment to read."""
 # The csv module's default limit of 128 KiB a cell is below the length of real responses; a C long is the largest.
 _CSV_CELL_LIMIT = 2**31 - 1
 
@@ -110,7 +113,8 @@ def _open_hub(source: str, subset: str | None, hub_split: str, key: str) -> Reco
 
 def _open_parquet(files: tuple[str, ...], key: str) -> Records:
     try:
-        dataset = datasets.load_dataset("parquet", data_files=list(files), split="train")
+        with _bars_for(files):
+            dataset = datasets.load_dataset("parquet", data_files=list(files), split="train")
     except Exception as error:  # wrapped differently by every version of datasets and pyarrow
         raise UserError(f"{key}: {', '.join(files)} cannot be read as Parquet: {_first_line(error)}") from error
     if len(dataset) == 0:
@@ -124,9 +128,10 @@ def _open_text(files: tuple[str, ...], key: str) -> Records:
     stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (Path(file).stat() for file in files))
     absolute = tuple(str(Path(file).resolve()) for file in files)
     try:
-        dataset = datasets.Dataset.from_generator(
-            _text_rows, features=_TEXT_FEATURES, gen_kwargs={"files": absolute, "stamps": stamps, "key": key}
-        )
+        with _bars_for(files):
+            dataset = datasets.Dataset.from_generator(
+                _text_rows, features=_TEXT_FEATURES, gen_kwargs={"files": absolute, "stamps": stamps, "key": key}
+            )
     except Exception as error:  # datasets wraps what our generator raises; only the user's mistakes are unwrapped
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
@@ -138,6 +143,20 @@ def _open_text(files: tuple[str, ...], key: str) -> Records:
     for text in dataset[:_NUM_ROWS_FOR_COLUMNS]["record"]:
         columns.update(dict.fromkeys(json.loads(text)))
     return Records(dataset, files, tuple(columns), is_text=True)
+
+
+@contextmanager
+def _bars_for(files: Sequence[str]) -> Iterator[None]:
+    """Let ``datasets`` show a progress bar while it reads, unless the files are read in a moment."""
+    is_large = sum(Path(file).stat().st_size for file in files) >= _LARGE
+    if is_large or not datasets.is_progress_bar_enabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _text_rows(files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], key: str) -> Iterator[dict[str, Any]]:
