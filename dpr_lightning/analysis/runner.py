@@ -102,7 +102,7 @@ def prepare(preparation: DataPreparation | None, directory: Path, seed: int) -> 
 
 
 def _train(job: Job) -> None:
-    from dpr_lightning.main import command_line, quieten
+    from dpr_lightning.application import command_line
 
     directory = job.task.directory
     record = directory / "run.json"
@@ -116,7 +116,6 @@ def _train(job: Job) -> None:
         arguments.append("--ckpt_path=last")
     elif directory.exists():
         shutil.rmtree(directory)
-    quieten()
     command_line(arguments)
     status = read_json(record)["status"]
     if status != "finished":

@@ -15,7 +15,8 @@ from lightning import Callback, Trainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpr_lightning.main import command_line, main
+from dpr_lightning.application import command_line
+from dpr_lightning.main import main
 from dpr_lightning.manifest import read_json, read_manifest, verify
 
 NUM_ROWS = 32

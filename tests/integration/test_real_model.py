@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpr_lightning.main import command_line, main
+from dpr_lightning.application import command_line
+from dpr_lightning.main import main
 from dpr_lightning.manifest import read_json, read_manifest
 
 pytestmark = [

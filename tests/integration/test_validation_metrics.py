@@ -11,7 +11,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpr_lightning.main import command_line, main
+from dpr_lightning.application import command_line
+from dpr_lightning.main import main
 
 FOLLOWED = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 

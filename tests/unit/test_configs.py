@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-import dpr_lightning.main
+import dpr_lightning.application
+from dpr_lightning.application import CommandLine, command_line
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.advantages import RawAdvantage, WhitenedAdvantage
 from dpr_lightning.functional.losses import ClippedPolicyLoss, ReinforceLoss
 from dpr_lightning.functional.pair_losses import BernoulliGSILLoss, SPINLoss
 from dpr_lightning.functional.rewards import DenseReward, SentenceReward, TeacherLogprobReward
-from dpr_lightning.main import CommandLine, command_line
 
-CONFIGS = Path(dpr_lightning.main.__file__).parent / "configs"
+CONFIGS = Path(dpr_lightning.application.__file__).parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 AXES = {axis: sorted((CONFIGS / axis).rglob("*.yaml")) for axis in ("recipe", "backbone", "hardware")}
 COMBINATIONS = list(itertools.product(*AXES.values()))
@@ -42,7 +42,7 @@ class ParseOnly(CommandLine):
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(dpr_lightning.main, "CommandLine", ParseOnly)
+    monkeypatch.setattr(dpr_lightning.application, "CommandLine", ParseOnly)
 
     def run(subcommand: str, files: list[Path], *more: str) -> Any:
         args = [argument for file in (CONFIGS / "base.yaml", *files) for argument in ("-c", str(file))]
@@ -320,7 +320,9 @@ def test_no_file_sets_a_link_target(path: Path) -> None:
 
 def test_link_targets_are_those_of_the_parser(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = []
-    monkeypatch.setattr(dpr_lightning.main.Parser, "link_arguments", lambda self, *args, **kwargs: targets.append(args))
+    monkeypatch.setattr(
+        dpr_lightning.application.Parser, "link_arguments", lambda self, *args, **kwargs: targets.append(args)
+    )
     parse("fit", [CONFIGS / f"{part}.yaml" for part in ("recipe/sft", "backbone/tiny", "hardware/cpu")])
     assert {target for _, target, *_ in targets} == LINK_TARGETS
 

@@ -1,30 +1,29 @@
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+import subprocess
+import sys
 
-from dpr_lightning.callbacks.checkpoint import RunCheckpoint
-from dpr_lightning.callbacks.policy_health import PolicyHealth
-from dpr_lightning.callbacks.throughput import Throughput
-from dpr_lightning.main import without_replaced
+import pytest
 
-
-def test_an_overlays_callback_replaces_the_recipes_of_its_class() -> None:
-    recipe, throughput, overlay = PolicyHealth(), Throughput(), PolicyHealth(teacher_kl_budget=2.0)
-    assert without_replaced([recipe, throughput, overlay]) == [throughput, overlay]
+from dpr_lightning.main import COMMANDS, TRAINER_COMMANDS, main
 
 
-def test_several_checkpoints_and_lightnings_own_callbacks_stay() -> None:
-    callbacks = [
-        RunCheckpoint(save_last=True),
-        RunCheckpoint(monitor="val/accuracy"),
-        ModelCheckpoint(),
-        EarlyStopping("a"),
-        EarlyStopping("b"),
-    ]
-    assert without_replaced(callbacks) == callbacks
+def test_help_names_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [word for word in words if word in {*TRAINER_COMMANDS, *COMMANDS}] == [*TRAINER_COMMANDS, *COMMANDS]
 
 
-def test_a_single_callback_or_none_is_left_to_lightning() -> None:
-    single = Throughput()
-    assert without_replaced(single) is single
-    assert without_replaced(None) is None
+def test_help_imports_nothing_slow() -> None:
+    code = "import sys; from dpr_lightning.main import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"'torch'", "'lightning'", "'transformers'", "'datasets'"} & set(done.stdout.strip("[]\n").split(", "))
+
+
+@pytest.mark.parametrize(("arguments", "found"), [([], "found none"), (["trian", "-c", "x.yaml"], "found 'trian'")])
+def test_an_unknown_command_is_told_which_there_are(
+    arguments: list[str], found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"COMMAND: {found}; give one of fit, validate, test, predict, demo" in capsys.readouterr().err

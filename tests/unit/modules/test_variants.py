@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dpr_lightning.application import command_line
 from dpr_lightning.functional import advantages, losses, returns, rewards
-from dpr_lightning.main import command_line
 
 CORE = "dpr_lightning.functional"
 

@@ -1,0 +1,234 @@
+"""LightningCLI over YAML overlays: ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from dpr_lightning.arguments import Parser
+from dpr_lightning.callbacks.run_recorder import RunRecorder
+from dpr_lightning.errors import UserError
+from dpr_lightning.manifest import read_json
+from dpr_lightning.modules.base import CausalLMModule
+from dpr_lightning.quiet import quieten
+
+_SMALLEST = {
+    "logprob_chunk_size": 1,
+    "score_micro_batch_size": 1,
+    "micro_batch_size": 1,
+    "num_validation_prompts": 1,
+    "seed": 0,
+    "prediction_seed": 0,
+}
+"""Smallest value of settings of the model or the data that every subcommand uses."""
+
+
+class CommandLine(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for any module and data of this package.
+
+    ``--run_dir`` is the one place that a run writes to: configuration, manifest, TensorBoard logs, checkpoints and
+    model directories all lie below it.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="Directory of all that this run writes.")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning's own warns whenever main(args) is called from a program that has arguments itself.
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything: found {seed}; give a whole number from 0 to {2**32 - 1}")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        run_dir = Path(config.run_dir)
+        check_run_dir(run_dir, is_new=self.subcommand == "fit" and not config.ckpt_path)
+        check_checkpoint(config.ckpt_path, run_dir)
+        self.parser.add_instantiator(self._construct, object, subclasses=True)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(str(_innermost(error))) from error
+        try:
+            # Now, and not when the weights are there: what its constructor refuses.
+            self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except TypeError as error:
+            raise UserError(f"model.optimizer: {error}; change it") from error
+        owners = (self.model, self.datamodule, getattr(self.datamodule, "demonstrations", None))
+        for key, owner in zip(("model", "data", "data.demonstrations"), owners, strict=True):
+            for name, smallest in _SMALLEST.items():
+                value = getattr(owner, name, None)
+                if value is not None and value < smallest:
+                    raise UserError(f"{key}.{name}: found {value}; give a whole number of at least {smallest}")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Set on the objects and not in the configuration, which is recorded and must be good for another run_dir.
+        run_dir = Path(self.config[self.subcommand].run_dir)
+        settings = self.config_init[self.subcommand].trainer
+        if settings.logger in (None, True):
+            is_predict = self.subcommand == "predict"
+            kwargs["logger"] = False if is_predict else TensorBoardLogger(run_dir, name="", version="tensorboard")
+        settings.callbacks = without_replaced(settings.callbacks)
+        for callback in settings.callbacks or []:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(run_dir / "checkpoints")
+        try:
+            return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {error}") from error
+
+    def _construct(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+        """Make one object of the configuration; what its constructor refuses is refused under its key."""
+        kwargs.pop("applied_instantiation_links", None)
+        try:
+            return class_type(*args, **kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            key = _key_of(class_type, kwargs, self.config[self.subcommand])
+            raise UserError(f"{key}: {error}; change it") from error
+
+
+def without_replaced(callbacks: Any) -> Any:
+    """Return a list of callbacks without those of ours that a later one of the same class replaces.
+
+    An overlay gives a recipe's callback other settings by ``callbacks+:``; two of them would both watch the run.
+    """
+    if not isinstance(callbacks, list):
+        return callbacks
+    later = [type(callback) for callback in callbacks]
+    kept = []
+    for callback in callbacks:
+        later.pop(0)
+        is_ours = type(callback).__module__.startswith("dpr_lightning.") and not isinstance(callback, ModelCheckpoint)
+        if not is_ours or type(callback) not in later:
+            kept.append(callback)
+    return kept
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Return the refusal inside the errors that jsonargparse wraps around it, or ``error`` if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            error = cause
+        cause = cause.__cause__
+    return error
+
+
+def _key_of(class_type: type, settings: dict[str, Any], config: Namespace) -> str:
+    """Return the key of the object of ``class_type`` that is made of ``settings``."""
+    of_class = [(key, found) for key, name, found in _settings(config) if name in ("", class_type.__name__)]
+    same = [key for key, found in of_class if found == settings]
+    named = [key for key, name, _ in _settings(config) if name == class_type.__name__]
+    return (same + named + [class_type.__name__])[0]
+
+
+def _settings(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield key, name of the class (empty for a dataclass) and settings of every object below ``node``."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _settings(item, f"{key}.{_class_name(item)}")
+    if not isinstance(node, Namespace):
+        return
+    inner = node.get("init_args", Namespace()) if "class_path" in node else node
+    yield key, _class_name(node), dict(vars(inner))
+    for name, value in vars(inner).items():
+        yield from _settings(value, f"{key}.{name}" if key else name)
+
+
+def _class_name(node: Any) -> str:
+    return str(node.get("class_path", "")).rpartition(".")[2] if isinstance(node, Namespace) else ""
+
+
+def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
+    """Refuse a checkpoint that is not there; Lightning would begin anew without the last one.
+
+    Raises:
+        UserError: With what to do.
+    """
+    if ckpt_path in (None, "hpc") or str(ckpt_path).startswith("registry") or "://" in str(ckpt_path):
+        return
+    if ckpt_path in ("last", "best"):
+        if not list((run_dir / "checkpoints").glob("*.ckpt")):
+            raise UserError(
+                f"ckpt_path: found '{ckpt_path}', but '{run_dir / 'checkpoints'}' holds no checkpoint; set run_dir to "
+                "the run that you mean, or leave ckpt_path out and begin anew"
+            )
+    # A sharded checkpoint is a directory.
+    elif not Path(str(ckpt_path)).is_file() and not (Path(str(ckpt_path)) / "meta.pt").is_file():
+        raise UserError(f"ckpt_path: no file '{ckpt_path}'; give an existing checkpoint, or 'last'")
+
+
+def check_run_dir(run_dir: Path, *, is_new: bool) -> None:
+    """Refuse a directory that cannot be written to, or that holds another run where a new one begins.
+
+    Raises:
+        UserError: With what to do.
+    """
+    if run_dir == Path():
+        raise UserError("run_dir: found the working directory itself; give a directory of its own, such as runs/sft")
+    try:
+        existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
+    except OSError as error:
+        raise UserError(f"run_dir: '{run_dir}' is no usable path ({error.strerror}); choose another") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
+    if is_new and (run_dir / "config.yaml").exists() and not _failed_at_once(run_dir / "run.json"):
+        raise UserError(
+            f"run_dir: '{run_dir}' already holds a run; continue it with --ckpt_path last, choose another --run_dir, "
+            "or delete it"
+        )
+
+
+def _failed_at_once(record: Path) -> bool:
+    """Return whether a run ended before its first step: nothing of it is worth keeping."""
+    if not record.exists():
+        return False
+    found = read_json(record)
+    return found.get("status") == "failed" and found.get("optimizer_steps") == 0
+
+
+def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
+    """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand."""
+    quieten()
+    command = shlex.join(["dpr-lightning", *(args if isinstance(args, list) else sys.argv[1:])])
+    return CommandLine(
+        CausalLMModule,
+        LightningDataModule,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_callback=RunRecorder,
+        save_config_kwargs={"save_to_log_dir": False, "command": command},
+        auto_configure_optimizers=False,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "dpr-lightning",
+            "description": "Dense-Path REINFORCE: more out of the demonstrations that SFT was trained on.",
+        },
+        args=args,
+        run=run,
+    )
