@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,8 @@ class PromptBatch:
     """Token ids of each prompt, BOS included."""
     rows: list[dict[str, Any]]
     """Columns of the source row of each prompt, with ``row``, prompt, system and response."""
+    is_repeat: bool = False
+    """Whether another rank has them too, and this one only to keep step: metrics leave the answers out."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -32,6 +34,9 @@ class PromptBatch:
         """Return self: there is no tensor to move; Lightning calls this to transfer a batch."""
         del device, kwargs
         return self
+
+
+PromptLoader: TypeAlias = MicroBatchLoader[tuple[list[int], bool], PromptBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +57,19 @@ class Prompts:
         """Return the columns of prompt ``index``'s row; read from disk."""
         return self.encoded.metadata(index)
 
-    def batch(self, indices: Sequence[int]) -> PromptBatch:
+    def batch(self, indices: Sequence[int], *, is_repeat: bool = False) -> PromptBatch:
         """Return the prompts at ``indices``."""
         return PromptBatch(
-            prompt_ids=[self.prompt_ids(index) for index in indices], rows=[self.row(index) for index in indices]
+            prompt_ids=[self.prompt_ids(index) for index in indices],
+            rows=[self.row(index) for index in indices],
+            is_repeat=is_repeat,
         )
 
-    def loader(
-        self, batch_size: int, *, world_size: int = 1, rank: int = 0, limit: int | None = None
-    ) -> MicroBatchLoader[list[int], PromptBatch]:
+    def loader(self, batch_size: int, *, world_size: int = 1, rank: int = 0, limit: int | None = None) -> PromptLoader:
         """Return a loader of this rank's share, in source order.
 
         Every rank gets equally many batches, because ranks of a sharded model generate together; where they do not
-        divide, the first batches are served again (each row carries its number).
+        divide, the first batches are served again (each row carries its number), and metrics leave them out.
 
         Args:
             batch_size: Prompts of one batch.
@@ -74,9 +79,13 @@ class Prompts:
         """
         num_prompts = len(self) if limit is None else min(limit, len(self))
         starts = list(range(0, num_prompts, batch_size))
-        starts += [starts[i % len(starts)] for i in range(-len(starts) % world_size)]
-        chunks = [list(range(start, min(start + batch_size, num_prompts))) for start in starts[rank::world_size]]
-        return MicroBatchLoader(lambda _: chunks, self.batch)
+        num_own = len(starts)
+        starts += [starts[place % num_own] for place in range(-num_own % world_size)]
+        served = [
+            (list(range(start, min(start + batch_size, num_prompts))), place >= num_own)
+            for place, start in list(enumerate(starts))[rank::world_size]
+        ]
+        return MicroBatchLoader(lambda _: served, lambda chunk: self.batch(chunk[0], is_repeat=chunk[1]))
 
     @property
     def num_duplicates(self) -> int:

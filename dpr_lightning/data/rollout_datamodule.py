@@ -16,7 +16,7 @@ from typing_extensions import override
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
-from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.prompts import PromptLoader, Prompts, evaluation_split, load_prompts
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
@@ -127,18 +127,18 @@ class RolloutDataModule(LightningDataModule):
         return MicroBatchLoader(lambda _: plans, self._make_batch, epoch=lambda: running_epoch(trainer))
 
     @override
-    def val_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch] | list[Any]:
+    def val_dataloader(self) -> PromptLoader | list[Any]:
         # Lightning takes an empty list for "no validation".
         if "validation" not in self.prompts:
             return []
         return self._prompt_loader(self.prompts["validation"], self.num_validation_prompts)
 
     @override
-    def test_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+    def test_dataloader(self) -> PromptLoader:
         return self._prompt_loader(self.prompts[evaluation_split(self.prompts)], None)
 
     @override
-    def predict_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+    def predict_dataloader(self) -> PromptLoader:
         return self._prompt_loader(self.prompts[evaluation_split(self.prompts)], None)
 
     def row(self, index: int) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class RolloutDataModule(LightningDataModule):
         assert isinstance(self.experience, Experience)
         return cast("DPRModule", self.module).make_batch(self.experience, plan)
 
-    def _prompt_loader(self, prompts: Prompts, limit: int | None) -> MicroBatchLoader[list[int], PromptBatch]:
+    def _prompt_loader(self, prompts: Prompts, limit: int | None) -> PromptLoader:
         assert self.trainer is not None
         world_size, rank = data_parallel_rank(self.trainer)
         return prompts.loader(self.sampling.batch_size, world_size=world_size, rank=rank, limit=limit)

@@ -22,7 +22,7 @@ from dpr_lightning.data.demonstrations import (
 )
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
-from dpr_lightning.data.prompts import PromptBatch, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.prompts import PromptLoader, Prompts, evaluation_split, load_prompts
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
@@ -137,7 +137,7 @@ class SFTDataModule(LightningDataModule):
         return self._evaluation_loaders("test")
 
     @override
-    def predict_dataloader(self) -> MicroBatchLoader[list[int], PromptBatch]:
+    def predict_dataloader(self) -> PromptLoader:
         """Serve held-out prompts in source order; see :meth:`Prompts.loader`."""
         assert self.trainer is not None
         world_size, rank = data_parallel_rank(self.trainer)

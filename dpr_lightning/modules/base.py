@@ -323,8 +323,8 @@ class CausalLMModule(LightningModule):
         return cast("list[ResponseMetric]", list(self.metrics))
 
     def update_response_metrics(self, batch: PromptBatch, samples: Samples) -> None:
-        """Let every metric grade the responses to ``batch``."""
-        if not self.response_metrics:
+        """Let every metric grade the responses to ``batch``, unless another rank's do."""
+        if batch.is_repeat or not self.response_metrics:
             return
         texts = [self.decode(ids) for ids in samples.response_ids]
         for metric in self.response_metrics:
