@@ -161,15 +161,19 @@ def load_demonstrations(
     return tables
 
 
-def prepare_sources(config: DemonstrationConfig) -> None:
+def prepare_sources(config: DemonstrationConfig, *, key: str = CONFIG_KEY) -> None:
     """Download or convert every source into the local cache of ``datasets``, so that other ranks find it there.
+
+    Args:
+        config: Where they lie.
+        key: Key of ``config``, for messages.
 
     Raises:
         UserError: A source cannot be read.
     """
     for name in ("source", "validation_source", "test_source"):
         if (source := getattr(config, name)) is not None:
-            open_records(source, subset=config.subset, hub_split=config.hub_split, key=f"{CONFIG_KEY}.{name}")
+            open_records(source, subset=config.subset, hub_split=config.hub_split, key=f"{key}.{name}")
 
 
 def _open(config: DemonstrationConfig, source: str, key: str, needs_response: bool) -> DemonstrationTable:

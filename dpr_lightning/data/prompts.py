@@ -9,11 +9,13 @@ from typing import Any, Self, TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, load_demonstrations
+from dpr_lightning.data.demonstrations import CONFIG_KEY, DemonstrationConfig, SplitName, load_demonstrations
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
 from dpr_lightning.data.loader import MicroBatchLoader
 from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.errors import UserError
+
+EVALUATION_KEY = "data.evaluation_prompts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +26,10 @@ class PromptBatch:
     """Token ids of each prompt, BOS included."""
     rows: list[dict[str, Any]]
     """Columns of the source row of each prompt, with ``row``, prompt, system and response."""
-    is_repeat: bool = False
-    """Whether another rank has them too, and this one only to keep step: metrics leave the answers out."""
+    for_metrics: bool = True
+    """Whether ``model.metrics`` judge the answers."""
+    for_figures: bool = True
+    """Whether the method's own figures are taken of the answers."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -57,35 +61,52 @@ class Prompts:
         """Return the columns of prompt ``index``'s row; read from disk."""
         return self.encoded.metadata(index)
 
-    def batch(self, indices: Sequence[int], *, is_repeat: bool = False) -> PromptBatch:
-        """Return the prompts at ``indices``."""
+    def batch(self, indices: Sequence[int], *, for_metrics: bool = True, for_figures: bool = True) -> PromptBatch:
+        """Return the prompts at ``indices``; for the flags see ``PromptBatch``."""
         return PromptBatch(
             prompt_ids=[self.prompt_ids(index) for index in indices],
             rows=[self.row(index) for index in indices],
-            is_repeat=is_repeat,
+            for_metrics=for_metrics,
+            for_figures=for_figures,
         )
 
-    def loader(self, batch_size: int, *, world_size: int = 1, rank: int = 0, limit: int | None = None) -> PromptLoader:
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        limit: int | None = None,
+        for_metrics: bool = True,
+        for_figures: bool = True,
+    ) -> PromptLoader:
         """Return a loader of this rank's share, in source order.
 
         Every rank gets equally many batches, because ranks of a sharded model generate together; where they do not
-        divide, the first batches are served again (each row carries its number), and metrics leave them out.
+        divide, the first batches are served again (each row carries its number), and ``model.metrics`` leave them out.
 
         Args:
             batch_size: Prompts of one batch.
             world_size: Data-parallel ranks.
             rank: This data-parallel rank.
             limit: Serve only this many prompts, the first ones.
+            for_metrics: See ``PromptBatch``.
+            for_figures: See ``PromptBatch``.
         """
         num_prompts = len(self) if limit is None else min(limit, len(self))
         starts = list(range(0, num_prompts, batch_size))
         num_own = len(starts)
-        starts += [starts[place % num_own] for place in range(-num_own % world_size)]
+        starts += [starts[i % num_own] for i in range(-num_own % world_size)]
         served = [
-            (list(range(start, min(start + batch_size, num_prompts))), place >= num_own)
+            (list(range(start, min(start + batch_size, num_prompts))), place < num_own)
             for place, start in list(enumerate(starts))[rank::world_size]
         ]
-        return MicroBatchLoader(lambda _: served, lambda chunk: self.batch(chunk[0], is_repeat=chunk[1]))
+
+        def make(chunk: tuple[list[int], bool]) -> PromptBatch:
+            indices, is_first = chunk
+            return self.batch(indices, for_metrics=for_metrics and is_first, for_figures=for_figures)
+
+        return MicroBatchLoader(lambda _: served, make)
 
     @property
     def num_duplicates(self) -> int:
@@ -131,6 +152,24 @@ def load_prompts(
         )
         prompts[split] = Prompts(encoded, report)
     return prompts
+
+
+def load_evaluation_prompts(
+    config: DemonstrationConfig, *, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
+) -> Prompts:
+    """Return all prompts of ``data.evaluation_prompts``, which ``model.metrics`` judge the answers to.
+
+    Raises:
+        UserError: The source cannot be used, or is asked to be split.
+    """
+    if config.validation_fraction or config.test_fraction or config.validation_source or config.test_source:
+        raise UserError(f"{EVALUATION_KEY}: all of its source is evaluated; leave fractions and further sources out")
+    try:
+        prompts = load_prompts(config, template=template, tokenizer=tokenizer)
+    except UserError as error:
+        # Worded for the demonstrations.
+        raise UserError(str(error).replace(CONFIG_KEY, EVALUATION_KEY)) from error
+    return prompts["train"]
 
 
 def evaluation_split(splits: dict[SplitName, Prompts]) -> SplitName:

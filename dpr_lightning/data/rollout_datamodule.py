@@ -16,7 +16,14 @@ from typing_extensions import override
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
-from dpr_lightning.data.prompts import PromptLoader, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.prompts import (
+    EVALUATION_KEY,
+    PromptLoader,
+    Prompts,
+    evaluation_split,
+    load_evaluation_prompts,
+    load_prompts,
+)
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
@@ -45,6 +52,8 @@ class RolloutDataModule(LightningDataModule):
         micro_batch_size: Responses of one forward on one rank.
         num_validation_prompts: Held-out prompts answered in each validation; None takes all.
         seed: Orders prompts and mini-batches and draws the samples.
+        evaluation_prompts: Prompts of their own for ``model.metrics``, all rows of its source; None takes the held-out
+            ones.
     """
 
     serves: ClassVar[type[SampledExperience]] = Experience
@@ -61,6 +70,7 @@ class RolloutDataModule(LightningDataModule):
         micro_batch_size: int = 8,
         num_validation_prompts: int | None = None,
         seed: int = 0,
+        evaluation_prompts: DemonstrationConfig | None = None,
     ) -> None:
         super().__init__()
         self.demonstrations = demonstrations
@@ -72,7 +82,9 @@ class RolloutDataModule(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.num_validation_prompts = num_validation_prompts
         self.seed = seed
+        self.evaluation_prompts = evaluation_prompts
         self.prompts: dict[SplitName, Prompts] = {}
+        self.metric_prompts: Prompts | None = None
         self.experience: SampledExperience | None = None
         self._experience_epoch = -1
 
@@ -90,6 +102,8 @@ class RolloutDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         prepare_sources(self._resolve_demonstrations())
+        if self.evaluation_prompts is not None:
+            prepare_sources(self.evaluation_prompts, key=EVALUATION_KEY)
 
     @override
     def setup(self, stage: str) -> None:
@@ -107,11 +121,15 @@ class RolloutDataModule(LightningDataModule):
             self.prompts = self._load_prompts(demonstrations, self.template)
             for prompts in self.prompts.values():
                 rank_zero_info(prompts.report.table())
+        if self.evaluation_prompts is not None and self.metric_prompts is None:
+            self.metric_prompts = load_evaluation_prompts(
+                self.evaluation_prompts, template=self.template, tokenizer=self.module.tokenizer
+            )
         if stage == "fit":
             self._check_num_prompts()
             # One rollout per epoch: the loader is asked for again at the start of each.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        elif stage in ("validate", "test", "predict"):
+        elif stage == "predict" or not self._has_metric_prompts:
             evaluation_split(self.prompts)
 
     @override
@@ -127,15 +145,13 @@ class RolloutDataModule(LightningDataModule):
         return MicroBatchLoader(lambda _: plans, self._make_batch, epoch=lambda: running_epoch(trainer))
 
     @override
-    def val_dataloader(self) -> PromptLoader | list[Any]:
+    def val_dataloader(self) -> list[PromptLoader]:
         # Lightning takes an empty list for "no validation".
-        if "validation" not in self.prompts:
-            return []
-        return self._prompt_loader(self.prompts["validation"], self.num_validation_prompts)
+        return self._evaluation_loaders(self.prompts.get("validation"), self.num_validation_prompts)
 
     @override
-    def test_dataloader(self) -> PromptLoader:
-        return self._prompt_loader(self.prompts[evaluation_split(self.prompts)], None)
+    def test_dataloader(self) -> list[PromptLoader]:
+        return self._evaluation_loaders(self.prompts.get("test", self.prompts.get("validation")), None)
 
     @override
     def predict_dataloader(self) -> PromptLoader:
@@ -255,10 +271,26 @@ class RolloutDataModule(LightningDataModule):
         assert isinstance(self.experience, Experience)
         return cast("DPRModule", self.module).make_batch(self.experience, plan)
 
-    def _prompt_loader(self, prompts: Prompts, limit: int | None) -> PromptLoader:
+    def _prompt_loader(self, prompts: Prompts, limit: int | None, **flags: bool) -> PromptLoader:
         assert self.trainer is not None
         world_size, rank = data_parallel_rank(self.trainer)
-        return prompts.loader(self.sampling.batch_size, world_size=world_size, rank=rank, limit=limit)
+        return prompts.loader(self.sampling.batch_size, world_size=world_size, rank=rank, limit=limit, **flags)
+
+    @property
+    def _has_metric_prompts(self) -> bool:
+        """Whether ``model.metrics`` have prompts of their own."""
+        return self.metric_prompts is not None and len(self.module.response_metrics) > 0
+
+    def _evaluation_loaders(self, held_out: Prompts | None, limit: int | None) -> list[PromptLoader]:
+        """Return the loader of held-out prompts, and that of the metrics' own, where there are any."""
+        has_own = self._has_metric_prompts
+        loaders = []
+        if held_out is not None:
+            loaders.append(self._prompt_loader(held_out, limit, for_metrics=not has_own))
+        if has_own:
+            assert self.metric_prompts is not None
+            loaders.append(self._prompt_loader(self.metric_prompts, None, for_figures=False))
+        return loaders
 
     def _resolve_demonstrations(self) -> DemonstrationConfig:
         if self.demonstrations is not None:

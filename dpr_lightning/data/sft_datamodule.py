@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from lightning import LightningDataModule
@@ -22,12 +22,22 @@ from dpr_lightning.data.demonstrations import (
 )
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
-from dpr_lightning.data.prompts import PromptLoader, Prompts, evaluation_split, load_prompts
+from dpr_lightning.data.prompts import (
+    EVALUATION_KEY,
+    PromptLoader,
+    Prompts,
+    evaluation_split,
+    load_evaluation_prompts,
+    load_prompts,
+)
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.collate import collate
 from dpr_lightning.types import SFTBatch
+
+if TYPE_CHECKING:
+    from dpr_lightning.modules.base import CausalLMModule
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -49,6 +59,9 @@ class SFTDataModule(LightningDataModule):
         micro_batch_size: Demonstrations of one forward on one rank.
         seed: Orders each epoch.
         drop_last: Leave an incomplete last optimizer step of an epoch out.
+        evaluation_prompts: Prompts of their own for ``model.metrics``, all rows of its source; None takes the held-out
+            ones.
+        num_validation_prompts: Held-out prompts that ``model.metrics`` are taken on; None takes all.
     """
 
     def __init__(
@@ -59,6 +72,8 @@ class SFTDataModule(LightningDataModule):
         micro_batch_size: int = 8,
         seed: int = 0,
         drop_last: bool = False,
+        evaluation_prompts: DemonstrationConfig | None = None,
+        num_validation_prompts: int | None = None,
     ) -> None:
         super().__init__()
         self.demonstrations = demonstrations
@@ -67,9 +82,12 @@ class SFTDataModule(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.evaluation_prompts = evaluation_prompts
+        self.num_validation_prompts = num_validation_prompts
         self.encoded: dict[SplitName, EncodedDemonstrations] = {}
         self.drop_reports: dict[SplitName, DropReport] = {}
         self.prompts: dict[SplitName, Prompts] = {}
+        self.metric_prompts: Prompts | None = None
         self.num_leaked_prompts = 0
 
     @property
@@ -94,6 +112,8 @@ class SFTDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         prepare_sources(self.demonstrations)
+        if self.evaluation_prompts is not None:
+            prepare_sources(self.evaluation_prompts, key=EVALUATION_KEY)
 
     @override
     def setup(self, stage: str) -> None:
@@ -117,8 +137,12 @@ class SFTDataModule(LightningDataModule):
                 f"data.global_batch_size: {self.global_batch_size} is more than the {len(self.encoded['train'])} "
                 "training rows, and drop_last leaves no step; lower it or set data.drop_last to false"
             )
+        if self.evaluation_prompts is not None and self.metric_prompts is None:
+            self.metric_prompts = load_evaluation_prompts(
+                self.evaluation_prompts, template=self.template, tokenizer=self.tokenizer
+            )
         needed = _STAGE_SPLITS[stage][0]
-        if needed not in self.encoded:
+        if needed not in self.encoded and not (stage != "fit" and self._has_metric_prompts):
             raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
 
     @override
@@ -130,11 +154,11 @@ class SFTDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> list[Any]:
         # Lightning takes an empty list for "no validation".
-        return self._evaluation_loaders("validation") if "validation" in self.encoded else []
+        return self._evaluation_loaders("validation", self.num_validation_prompts)
 
     @override
     def test_dataloader(self) -> list[Any]:
-        return self._evaluation_loaders("test")
+        return self._evaluation_loaders("test", None)
 
     @override
     def predict_dataloader(self) -> PromptLoader:
@@ -205,15 +229,29 @@ class SFTDataModule(LightningDataModule):
                 "the validation loss will look better than it is"
             )
 
-    def _evaluation_loaders(self, split: SplitName) -> list[Any]:
-        """Return a loader of demonstrations, and one of their prompts where the module has metrics of responses."""
+    @property
+    def _has_metric_prompts(self) -> bool:
+        """Whether there is something to evaluate beside demonstrations."""
         assert self.trainer is not None
-        loaders: list[Any] = [self._evaluation_loader(split)]
-        module: Any = self.trainer.lightning_module
-        if len(getattr(module, "metrics", [])):
-            world_size, rank = data_parallel_rank(self.trainer)
+        return (
+            self.metric_prompts is not None and len(getattr(self.trainer.lightning_module, "response_metrics", ())) > 0
+        )
+
+    def _evaluation_loaders(self, split: SplitName, limit: int | None) -> list[Any]:
+        """Return the loader of demonstrations, and one of prompts where ``model.metrics`` ask for answers."""
+        assert self.trainer is not None
+        loaders: list[Any] = [self._evaluation_loader(split)] if split in self.encoded else []
+        module = self.trainer.lightning_module
+        if len(getattr(module, "response_metrics", ())) == 0:
+            return loaders
+        prompts = self.metric_prompts
+        if prompts is None and split in self.encoded:
             prompts = Prompts(self.encoded[split], self.drop_reports[split])
-            loaders.append(prompts.loader(module.decoding.batch_size, world_size=world_size, rank=rank))
+        if prompts is not None:
+            world_size, rank = data_parallel_rank(self.trainer)
+            limit = limit if self.metric_prompts is None else None
+            batch_size = cast("CausalLMModule", module).decoding.batch_size
+            loaders.append(prompts.loader(batch_size, world_size=world_size, rank=rank, limit=limit))
         return loaders
 
     def _evaluation_loader(self, split: SplitName) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class ResponseMetric(Metric, ABC):
         kwargs: See ``torchmetrics.Metric``.
     """
 
-    figures: ClassVar[tuple[str, ...]]
+    figures: tuple[str, ...]
     """Names of the shares."""
     higher_is_better = True
     full_state_update = False
@@ -65,13 +65,13 @@ class VerifierAccuracy(ResponseMetric):
     """The share of responses that a verifier calls right; a truncated one is wrong whatever it says.
 
     Args:
-        verifier: Judges the text.
+        verifier: Judges the text, such as ``FinalNumber`` (GSM8K's exact match) or ``ExactMatch``.
+        name: Name of the figure; metrics beside each other need different ones.
         kwargs: See ``torchmetrics.Metric``.
     """
 
-    figures = ("accuracy",)
-
-    def __init__(self, verifier: Verifier, **kwargs: Any) -> None:
+    def __init__(self, verifier: Verifier, name: str = "accuracy", **kwargs: Any) -> None:
+        self.figures = (name,)
         super().__init__(**kwargs)
         self.verifier = verifier
 

@@ -45,7 +45,8 @@ class CausalLMModule(LightningModule):
         sampler: What draws them, and the rollouts.
         logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
         prediction_seed: Seed of ``predict`` and of sampled validation.
-        metrics: Figures of the responses to held-out prompts, logged by ``validate`` and ``test`` under their names.
+        metrics: Figures of the responses to ``data.evaluation_prompts``, or to the held-out prompts where there are
+            none; logged by ``validate`` and ``test`` under their names.
         verifier: The same as the metric ``VerifierAccuracy`` of this verifier, logged as accuracy.
     """
 
@@ -81,8 +82,9 @@ class CausalLMModule(LightningModule):
         if verifier is not None:
             self.metrics.append(VerifierAccuracy(verifier))
         names = [name for metric in self.response_metrics for name in metric.figures]
-        if len(set(names)) < len(names):
-            raise UserError(f"model.metrics: two of them log the same figure ({', '.join(names)}); leave one out")
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"model.metrics: two figures are called '{twice[0]}'; give one metric another name")
         self.policy: CausalPolicy | None = None
         # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
         self.__dict__["frozen"] = {}
@@ -268,6 +270,10 @@ class CausalLMModule(LightningModule):
         return {name for name, parameter in named if not parameter.requires_grad}
 
     @override
+    def on_test_start(self) -> None:
+        self.on_validation_start()
+
+    @override
     def on_validation_start(self) -> None:
         # States that ``validate`` made in inference mode could not be added to by a later ``fit``'s validation.
         for module in self.modules():
@@ -323,8 +329,8 @@ class CausalLMModule(LightningModule):
         return cast("list[ResponseMetric]", list(self.metrics))
 
     def update_response_metrics(self, batch: PromptBatch, samples: Samples) -> None:
-        """Let every metric grade the responses to ``batch``, unless another rank's do."""
-        if batch.is_repeat or not self.response_metrics:
+        """Let every metric grade the responses to ``batch``, if it is meant for them."""
+        if not batch.for_metrics or not self.response_metrics:
             return
         texts = [self.decode(ids) for ids in samples.response_ids]
         for metric in self.response_metrics:

@@ -108,11 +108,11 @@ class OnPolicyModule(CausalLMModule):
         self.log_dict(experience.stats, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
     @override
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, "val")
 
     @override
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, "test")
 
     def evaluation_scores(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
@@ -123,6 +123,8 @@ class OnPolicyModule(CausalLMModule):
         """Answer held-out prompts; log the method's figures of the answers, and what the metrics say of them."""
         samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
         self.update_response_metrics(batch, samples)
+        if not batch.for_figures:
+            return
         rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=pad_id(self.tokenizer))
         values = {
             **self.evaluation_scores(rollouts),
@@ -133,4 +135,4 @@ class OnPolicyModule(CausalLMModule):
             metric = self.evaluation_metrics[name]
             assert isinstance(metric, MeanMetric)
             metric.update(values_B.to(self.device))
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)

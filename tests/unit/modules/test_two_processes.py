@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
+from dpr_lightning.data.templates import TextTemplate
+from dpr_lightning.data.tokenization import encode_prompts
 
 pytestmark = pytest.mark.multiprocess
 
@@ -22,7 +28,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def run_ranks(directory: Path, *sources: str) -> list[dict[str, Any]]:
+def run_ranks(directory: Path, *sources: str, worker: Path = WORKER) -> list[dict[str, Any]]:
     """Run the worker as two ranks under torchrun's environment."""
     port = str(free_port())
     processes = []
@@ -39,7 +45,7 @@ def run_ranks(directory: Path, *sources: str) -> list[dict[str, Any]]:
             "OMP_NUM_THREADS": "1",
             "HF_DATASETS_CACHE": str(directory / "cache"),
         }
-        command = [sys.executable, str(WORKER), str(directory / f"rank{rank}.pt"), *sources]
+        command = [sys.executable, str(worker), str(directory / f"rank{rank}.pt"), *sources]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -150,3 +156,22 @@ def test_one_ranks_nan_stops_both(found: tuple[dict[str, Any], list[dict[str, An
     messages = [rank["poisoned"]["message"] for rank in found[1]]
     assert messages[0].startswith("loss stopped being finite on another rank at optimizer step 1, epoch 0")
     assert messages[1].startswith("loss became nan on rank 1 at optimizer step 1, epoch 0")
+
+
+def test_metrics_of_answers_count_every_prompt_once(
+    tmp_path: Path, frozen_dirs: tuple[str, str], demonstrations_file: str
+) -> None:
+    worker = Path(__file__).parent / "metrics_worker.py"
+    ranks = run_ranks(tmp_path, *frozen_dirs, demonstrations_file, worker=worker)
+    rows = [json.loads(line) for line in Path(demonstrations_file).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(frozen_dirs[0])
+    prompts = encode_prompts(tokenizer, TextTemplate(), [[{"role": "user", "content": row["prompt"]}] for row in rows])
+    responses = []
+    for prompt in prompts:
+        rng = random.Random(str(prompt))
+        responses.append([rng.randrange(3, 200) for _ in range(rng.randrange(9))])
+    is_even = [len(text) % 2 == 0 for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    assert 0 < sum(is_even) < len(is_even)
+    for rank in ranks:
+        for stage in ("dpr", "sft"):
+            assert rank[stage] == pytest.approx(sum(is_even) / len(rows))
