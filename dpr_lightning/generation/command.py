@@ -27,7 +27,7 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.generation.parts import Parts
 from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blocks, temperatures_of
 from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
-from dpr_lightning.models.backbone import BackboneConfig, load_model, load_tokenizer
+from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import SamplingConfig
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prompts", required=True, help="file or hub data set with prompt, instruction, question or turns"
     )
-    parser.add_argument("--out", type=Path, required=True, help="file of responses, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="file of responses: .jsonl, or .json for one array")
     parser.add_argument("--limit", type=int, help="answer the first prompts only")
     parser.add_argument("--name", help="what the model is called in the rows; its run's name if left out")
     group = parser.add_argument_group("decoding")
@@ -154,6 +154,15 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
     if parts.is_complete:
         console.print(f"'{parsed.out}' is complete", highlight=False, markup=False, soft_wrap=True)
         return
+    num_beyond = _beyond_positions(found, backbone, [len(ids) for ids in first], sampling.max_new_tokens)
+    if num_beyond:
+        console.print(
+            f"{num_beyond} of {len(first)} prompts and their longest answers are beyond the positions that the model "
+            "was trained on: those answers may be worthless",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     start = time.perf_counter()
     num_drawn = _draw(parsed, parts, blocks, entries, found, backbone, tokenizer, template, sampling)
     seconds = time.perf_counter() - start
@@ -163,6 +172,7 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         "truncated": sum(row["is_truncated"] for row in rows),
         "empty": sum(not text.strip() for row in rows for text in _texts(row)),
         "tokens": sum(row["num_tokens"] for row in rows),
+        "prompts_beyond_positions": num_beyond,
     }
     parts.finish(rows, {"kind": "responses", **counts, "created": now(), "environment": environment()})
     rate = f", {num_drawn / seconds:.0f} tokens/s" if num_drawn else ""
@@ -173,6 +183,14 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _beyond_positions(
+    found: FrozenTeacher, backbone: BackboneConfig, lengths: Sequence[int], max_new_tokens: int
+) -> int:
+    """Return how many prompts leave less room than an answer may take (of the first turn)."""
+    limit = getattr(load_config(found.teacher, backbone).get_text_config(), "max_position_embeddings", None)
+    return 0 if limit is None else sum(length + max_new_tokens > limit for length in lengths)
 
 
 def _draw(

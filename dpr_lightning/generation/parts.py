@@ -29,6 +29,8 @@ class Parts:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        if path.suffix not in (".jsonl", ".json"):
+            raise UserError(f"--out: found '{path.name}'; give a name that ends in .jsonl, or in .json for one array")
         self.path = path
         self.manifest_path = path.with_name(f"{path.name}.manifest.json")
         self.directory = path.with_name(f"{path.name}.parts")
@@ -68,7 +70,10 @@ class Parts:
         """Write the file and its record, and remove the blocks."""
         # The record of an older file goes first: a file without one is never taken for whole.
         self.manifest_path.unlink(missing_ok=True)
-        _write_lines(self.path, rows)
+        if self.path.suffix == ".json":
+            atomic_write_text(self.path, json.dumps(list(rows), indent=1) + "\n")
+        else:
+            _write_lines(self.path, rows)
         atomic_write_json(self.manifest_path, {**record, "settings": self.settings})
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -192,6 +192,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
         (["--prompts", "absent.jsonl"], "--prompts: no file absent.jsonl"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
         (["--chat"], "has no chat template"),
+        (["--out", "answers.txt"], "--out: found 'answers.txt'"),
     ],
 )
 def test_mistakes_are_told_before_weights_load(
@@ -205,6 +206,23 @@ def test_mistakes_are_told_before_weights_load(
     with pytest.raises(SystemExit, match="2"):
         generate(*more)
     assert message in capsys.readouterr().err
+
+
+def test_a_json_file_is_one_array_of_the_same_rows(generate: Callable[..., Path]) -> None:
+    lines, array = generate(), generate(out="out.json")
+    assert json.loads(array.read_text()) == rows_of(lines)
+    assert len(read_entries(str(array), key="--responses", with_answers=True)) == 6
+
+
+def test_prompts_that_the_model_has_no_positions_for_are_counted(
+    generate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The model has 256 positions.
+    rows = [{"prompt": "word " * 300}, {"prompt": "short"}]
+    out = generate(prompts=write(tmp_path / "long.jsonl", rows))
+    assert "1 of 2 prompts and their longest answers are beyond the positions" in capsys.readouterr().out
+    assert json.loads(out.with_name("out.jsonl.manifest.json").read_text())["prompts_beyond_positions"] == 1
+    assert len(rows_of(out)) == 2
 
 
 def test_a_row_without_a_prompt_is_named(
