@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,14 @@ def test_shared_policies_say_what_whole_models_say(base_dir: Path, adapter_dirs:
     assert (frozen["teacher"](batch).logp_N - frozen["reference"](batch).logp_N).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_scoring_under_frozen_adapters_leaves_the_actors_gradients_alone(
-    base_dir: Path, adapter_dirs: list[Path], batch: TokenBatch
+    is_checkpointed: bool, base_dir: Path, adapter_dirs: list[Path], batch: TokenBatch
 ) -> None:
     teacher, reference = map(str, adapter_dirs)
-    actor, frozen = load_policies(teacher, {"reference": reference}, lora(base_dir), chunk_size=64)
+    backbone = dataclasses.replace(lora(base_dir), gradient_checkpointing=is_checkpointed)
+    actor, frozen = load_policies(teacher, {"reference": reference}, backbone, chunk_size=64)
+    actor.train()
 
     def gradients(*, with_scoring: bool) -> dict[str, Tensor]:
         actor.zero_grad()
