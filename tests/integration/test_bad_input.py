@@ -333,8 +333,8 @@ def test_teachers_run_that_is_unfinished_or_lacks_the_snapshot(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["bogus"], "invalid choice: 'bogus'"),
-        ([], "subcommand"),
+        (["bogus"], "COMMAND: found 'bogus'; give one of fit, validate"),
+        ([], "COMMAND: found none; give one of fit, validate"),
         (["fit"], "data: it is required, and so is model, and not given"),
         (["validate", "-c", "configs/base.yaml"], "data: it is required, and so is model, and not given"),
         (["fit", "-c", "configs/base.yaml", "-c", "configs/recipe/dpr.yaml"], "it is required"),
