@@ -24,6 +24,7 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.manifest import read_json
 from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.quiet import quieten
+from dpr_lightning.strategy import check_strategy
 
 _SMALLEST = {
     "logprob_chunk_size": 1,
@@ -89,6 +90,7 @@ class CommandLine(LightningCLI):
         if settings.logger in (None, True):
             is_predict = self.subcommand == "predict"
             kwargs["logger"] = False if is_predict else TensorBoardLogger(run_dir, name="", version="tensorboard")
+        settings.strategy = check_strategy(settings.strategy)
         settings.callbacks = without_replaced(settings.callbacks)
         for callback in settings.callbacks or []:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:

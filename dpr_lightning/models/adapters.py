@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,12 +194,19 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return any(True for _ in _layers(model))
 
 
-def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: str) -> None:
+def adapter_names(model: PreTrainedModel, name: str) -> set[str]:
+    """Return the names, in the model's state, of one adapter's weights."""
+    own = {id(parameter) for parameter in adapter_parameters(model, name)}
+    return {key for key, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
     """Write one adapter in peft's format, which transformers and peft load by themselves.
 
     Args:
         model: Its base and it.
         name: Which adapter.
+        state: The model's weights by name, whole; the adapter's are enough.
         directory: Made when needed.
         base: Where its base lies, for those who load it.
     """
@@ -211,7 +218,7 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: st
         config.save_pretrained(str(directory))
     finally:
         config.base_model_name_or_path, config.inference_mode = before
-    weights = get_peft_model_state_dict(model, adapter_name=name)
+    weights = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
     save_file(
         {_PREFIX + key: value.detach().cpu().contiguous() for key, value in weights.items()},
         directory / _WEIGHTS,
@@ -219,31 +226,43 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: st
     )
 
 
-def save_merged(model: PreTrainedModel, name: str, directory: Path) -> None:
-    """Write the base with one adapter added to its weights, as a plain transformers model; ``model`` stays as it is.
+def save_plain(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> None:
+    """Write weights as a transformers model of the kind of ``model``, which may be sharded or carry adapters.
 
-    Tied weights stay tied: an adapted layer that shares its weight with another is refused when it is made.
+    Tied weights are written once.
     """
     with torch.device("meta"):
-        plain = type(model)(model.config)
+        plain = type(model)(model.config).to(model.dtype)  # type: ignore[arg-type]
     plain.generation_config = model.generation_config
-    plain.save_pretrained(directory, state_dict=merged_state(model, name))
+    if "_weight_conversions" in model.__dict__:
+        # How the names of a checkpoint that was loaded differ from the model's: written as it was read.
+        plain.__dict__["_weight_conversions"] = model.__dict__["_weight_conversions"]
+    plain.save_pretrained(directory, state_dict=dict(state))
 
 
 @torch.no_grad()
-def merged_state(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
-    """Return the weights of the plain model that equals the base with one adapter, in the base's types."""
-    updated = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+def merged_state(model: PreTrainedModel, name: str, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the weights of the plain model that equals the base with one adapter, in the base's types.
+
+    Tied weights stay tied: an adapted layer that shares its weight with another is refused when it is made.
+
+    Args:
+        model: The base and its adapters.
+        name: Which adapter.
+        state: The model's weights by name, whole, where the model's own are sharded.
+    """
+    state = model.state_dict() if state is None else state
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    merged: dict[str, Tensor] = {}
+    for key, value in state.items():
         if ".lora_" in key:
             continue
-        plain_key = key.replace(".base_layer.", ".")
-        layer: Any = updated.get(plain_key)
-        if layer is not None and name in layer.lora_A:
-            value = (value.float() + layer.get_delta_weight(name).float()).to(value.dtype)
-        state[plain_key] = value
-    return state
+        path = key.removesuffix(".base_layer.weight")
+        if path != key and name in layers[path].lora_A:
+            up, down = (state[f"{path}.lora_{letter}.{name}.weight"].float() for letter in "BA")
+            value = (value.float() + layers[path].scaling[name] * (up @ down)).to(value.dtype)
+        merged[key.replace(".base_layer.", ".")] = value
+    return merged
 
 
 def merge(model: PreTrainedModel, name: str) -> PreTrainedModel:

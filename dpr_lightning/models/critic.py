@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from dpr_lightning.models.backbone import BackboneConfig, lm_head, load_model
+from dpr_lightning.models.parallel import most, shard
 from dpr_lightning.models.policies import states_before_tokens
 from dpr_lightning.types import TokenBatch
 
@@ -24,7 +27,7 @@ class ValueModel(nn.Module):
         hidden_size: D, the width of its last hidden states.
     """
 
-    def __init__(self, decoder: nn.Module, *, hidden_size: int) -> None:
+    def __init__(self, decoder: PreTrainedModel, *, hidden_size: int) -> None:
         super().__init__()
         self.decoder = decoder
         self.head = nn.Linear(hidden_size, 1, bias=False)
@@ -34,6 +37,14 @@ class ValueModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.head.weight.device
+
+    def shard(self, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None, offload: bool = False) -> None:
+        """Shard the weights over ranks, in place; see :func:`dpr_lightning.models.parallel.shard`."""
+        shard(self, self.decoder, mesh, compute_dtype=compute_dtype, offload=offload)
+
+    def most(self, count: int) -> int:
+        """Return how many forwards this rank must make where it needs ``count``: see ``parallel.most``."""
+        return most(self, count, self.device)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return [N] float32 values, in row-major order of the response mask, as ``CausalPolicy`` returns tokens."""
@@ -46,5 +57,5 @@ def load_critic(name_or_path: str, backbone: BackboneConfig) -> ValueModel:
     """Load a causal language model's decoder as a critic with a new head; its output layer is dropped."""
     model = load_model(name_or_path, backbone)
     decoder = model.get_decoder()
-    assert isinstance(decoder, nn.Module)
+    assert isinstance(decoder, PreTrainedModel)
     return ValueModel(decoder, hidden_size=lm_head(model).weight_VD.shape[1])

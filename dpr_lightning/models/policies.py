@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -33,6 +34,7 @@ from dpr_lightning.models.backbone import (
     load_tokenizer,
     locate,
 )
+from dpr_lightning.models.parallel import most, shard
 from dpr_lightning.types import TokenBatch
 
 
@@ -48,6 +50,22 @@ class CausalPolicy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_size = chunk_size
+        self._device: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where forwards run. Weights may lie elsewhere: sharded ones that the host keeps."""
+        return self._device if self._device is not None else self.model.device
+
+    def shard(self, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None, offload: bool = False) -> None:
+        """Shard the weights over ranks, in place; see :func:`dpr_lightning.models.parallel.shard`."""
+        shard(self, self.model, mesh, compute_dtype=compute_dtype, offload=offload)
+        is_cuda = mesh.device_type == "cuda"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device(mesh.device_type)
+
+    def most(self, count: int) -> int:
+        """Return how many forwards this rank must make where it needs ``count``: see ``parallel.most``."""
+        return most(self, count, self.device)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask."""
@@ -88,20 +106,33 @@ class AdapterPolicy(CausalPolicy):
     """A frozen policy that is another policy's model with another adapter: it adds no weights but that adapter's.
 
     Args:
-        model: The shared model; its mode, its gradients and the adapter in use stay the other policy's.
+        owner: The policy whose model it is; the model's mode, its gradients and the adapter in use stay the owner's.
         adapter: Name of this policy's adapter; None is the bare base.
-        chunk_size: See ``CausalPolicy``.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: str | None, *, chunk_size: int) -> None:
-        super().__init__(model, chunk_size=chunk_size)
+    def __init__(self, owner: CausalPolicy, adapter: str | None) -> None:
+        super().__init__(owner.model, chunk_size=owner.chunk_size)
         self.adapter = adapter
+        # No child: where weights are sharded, the owner gathers them.
+        self.__dict__["owner"] = owner
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        owner: CausalPolicy = self.__dict__["owner"]
+        return owner.device
+
+    @override
+    def most(self, count: int) -> int:
+        owner: CausalPolicy = self.__dict__["owner"]
+        return owner.most(count)
 
     @override
     @torch.no_grad()
     def hidden_states(self, batch: TokenBatch) -> Tensor:
+        owner: CausalPolicy = self.__dict__["owner"]
         with using(self.model, self.adapter):
-            return super().hidden_states(batch)
+            return owner.hidden_states(batch)
 
     @override
     def freeze(self) -> AdapterPolicy:
@@ -177,7 +208,7 @@ def load_policies(
         if found.adapter is not None:
             load_adapter(actor.model, name, found.adapter)
         adapter = None if found.adapter is None else name
-        policies[name] = AdapterPolicy(actor.model, adapter, chunk_size=chunk_size)
+        policies[name] = AdapterPolicy(actor, adapter)
     train_only(actor.model, ACTOR)
     return actor, policies
 

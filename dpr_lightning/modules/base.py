@@ -25,11 +25,22 @@ from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
-from dpr_lightning.models.adapters import ACTOR, FOLDER, find_source, save_adapter, save_merged
+from dpr_lightning.models.adapters import (
+    ACTOR,
+    FOLDER,
+    adapter_names,
+    find_source,
+    merged_state,
+    save_adapter,
+    save_plain,
+)
 from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
-from dpr_lightning.models.policies import CausalPolicy, load_policies
+from dpr_lightning.models.critic import ValueModel
+from dpr_lightning.models.parallel import full_state_dict, gathered, whole
+from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.strategy import FullyShardedStrategy
 from dpr_lightning.types import SamplingConfig, TokenBatch
 
 
@@ -118,6 +129,9 @@ class CausalLMModule(LightningModule):
         if self.policy is not None and sources.keys() <= self.frozen.keys():
             return
         policy, frozen = load_policies(self.initial_weights, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        for other in frozen.values():
+            if not isinstance(other, AdapterPolicy):
+                self.shard(other, offload=getattr(self, "offload_frozen", False))
         self.frozen.update(frozen)
         if self.policy is not None:
             # It was there for ``predict``, which needs no other.
@@ -128,7 +142,14 @@ class CausalLMModule(LightningModule):
             f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
             f"{model.dtype}; {num_trained / 1e6:,.2f}M are trained"
         )
+        self.shard(policy)
         self.policy.train()
+
+    def shard(self, module: CausalPolicy | ValueModel, *, offload: bool = False) -> None:
+        """Shard a module over ranks where the Trainer's strategy asks for it; otherwise leave it as it is."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy):
+            module.shard(strategy.mesh, compute_dtype=strategy.compute_dtype, offload=offload)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -222,7 +243,7 @@ class CausalLMModule(LightningModule):
             NonFiniteError: The norm is NaN or infinite on some rank.
         """
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         # float16 finds its loss scale by overflowing now and then, and skips those steps itself.
         if self.trainer.precision != "16-mixed":
             self._refuse_non_finite(norm, "gradient norm", "all micro-batches of the step")
@@ -297,7 +318,7 @@ class CausalLMModule(LightningModule):
         """Draw one response per prompt from the current weights, in the Trainer's precision."""
         eos_token_id = self.tokenizer.eos_token_id
         assert isinstance(eos_token_id, int)
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), gathered(self.actor):
             return self.sampler.sample(
                 self.actor.model, prompts, config=config, eos_token_id=eos_token_id, seed=seed, **kwargs
             )
@@ -360,26 +381,31 @@ class CausalLMModule(LightningModule):
 
         An adapter is added to its base's weights, and lies beside them in ``adapter/`` too.
         """
-        if not self.trainer.is_global_zero:
+        is_writer, model = self.trainer.is_global_zero, self.actor.model
+        state = full_state_dict(model, is_writer=is_writer)
+        if not is_writer:
             return
         if self.backbone.lora is None:
-            self.actor.model.save_pretrained(directory)
+            save_plain(model, state, directory)
         else:
-            save_merged(self.actor.model, ACTOR, directory)
-            self._save_adapter(directory / FOLDER)
+            save_plain(model, merged_state(model, ACTOR, state), directory)
+            self._save_adapter(state, directory / FOLDER)
         self.tokenizer.save_pretrained(directory)
 
     def save_snapshot(self, directory: Path) -> None:
         """Write the current weights and tokenizer: a transformers directory, or the adapter alone in peft's format."""
         if self.backbone.lora is None:
             self.save_pretrained(directory)
-        elif self.trainer.is_global_zero:
-            self._save_adapter(directory)
+            return
+        is_writer = self.trainer.is_global_zero
+        state = full_state_dict(self.actor.model, is_writer=is_writer, only=adapter_names(self.actor.model, ACTOR))
+        if is_writer:
+            self._save_adapter(state, directory)
             self.tokenizer.save_pretrained(directory)
 
-    def _save_adapter(self, directory: Path) -> None:
+    def _save_adapter(self, state: Mapping[str, Tensor], directory: Path) -> None:
         base = find_source(self.initial_weights).base
-        save_adapter(self.actor.model, ACTOR, directory, base=locate(base))
+        save_adapter(self.actor.model, ACTOR, state, directory, base=locate(base))
 
     def model_manifest(self) -> dict[str, Any]:
         """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""

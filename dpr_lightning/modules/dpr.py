@@ -120,12 +120,12 @@ class DPRModule(OnPolicyModule):
 
     def score(self, rollouts: RolloutBatch) -> TokenScores:
         """Score rollouts under actor, teacher and reference, in the precision of training."""
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self.frozen_policies() as frozen:
             return score_tokens(
                 rollouts,
                 actor=self.actor,
-                teacher=self.frozen_policy("teacher"),
-                reference=[self.frozen_policy(name) for name in self.reference_names],
+                teacher=frozen["teacher"],
+                reference=[frozen[name] for name in self.reference_names],
                 micro_batch_size=self.scoring_rows,
                 needs_values=self.reward.needs_values,
                 expectation_limits=self._expectation_limits(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +13,8 @@ from typing_extensions import override
 
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.data.tokenization import pad_id
-from dpr_lightning.models.policies import CausalPolicy, FrozenTeacher, find_teacher
+from dpr_lightning.models.parallel import is_sharded, release
+from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, FrozenTeacher, find_teacher
 from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.types import RolloutBatch, SampledExperience
@@ -23,6 +26,7 @@ class OnPolicyModule(CausalLMModule):
     Args:
         teacher: A run of SFT of ours, or any transformers directory or hub name: pi_SFT, and the start of the policy.
         score_micro_batch_size: Rows of one scoring forward; None is twice the training micro-batch: no gradients.
+        offload_frozen: Keep frozen policies, or their shards, in the host's memory while they are not asked.
         kwargs: See ``CausalLMModule``.
     """
 
@@ -33,11 +37,13 @@ class OnPolicyModule(CausalLMModule):
         self,
         teacher: str,
         score_micro_batch_size: int | None = None,
+        offload_frozen: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher
         self.score_micro_batch_size = score_micro_batch_size
+        self.offload_frozen = offload_frozen
         self._found_teacher: FrozenTeacher | None = None
         self.evaluation_metrics = torch.nn.ModuleDict(
             {name: MeanMetric() for name in ("teacher_kl", "length", "truncated_share")}
@@ -69,12 +75,21 @@ class OnPolicyModule(CausalLMModule):
         """Where each frozen policy lies that scores samples, by name."""
         return {"teacher": self.found_teacher.teacher}
 
-    def frozen_policy(self, name: str) -> CausalPolicy:
-        """Return a frozen policy on this module's device; Lightning moves only what is in the tree."""
-        policy = self.frozen[name]
-        if policy.model.device != self.device:
-            policy.to(self.device)
-        return policy
+    @contextmanager
+    def frozen_policies(self) -> Iterator[dict[str, CausalPolicy]]:
+        """Give the frozen policies by name, on this module's device while the block lasts."""
+        own = [policy for policy in self.frozen.values() if not isinstance(policy, AdapterPolicy)]
+        for policy in own:
+            # Lightning moves only what is in the tree.
+            if policy.device != self.device:
+                policy.to(self.device)
+        try:
+            yield self.frozen
+        finally:
+            for policy in own:
+                release(policy)
+                if self.offload_frozen and not is_sharded(policy):
+                    policy.to("cpu")
 
     @property
     def scoring_rows(self) -> int:

@@ -136,6 +136,11 @@ class PairModule(OnPolicyModule):
         with self.trainer.precision_plugin.forward_context():
             return policy_logprobs(batch, policy, micro_batch_size=self.scoring_rows, with_entropy=with_entropy)
 
+    def teacher_logprobs(self, batch: TokenBatch) -> Tensor:
+        """Return [B, T] log-probabilities of response tokens under the teacher; see :meth:`logprobs`."""
+        with self.frozen_policies() as frozen:
+            return self.logprobs(frozen["teacher"], batch)[0]
+
     def build_pairs(
         self,
         rollouts: RolloutBatch,
@@ -175,7 +180,7 @@ class PairModule(OnPolicyModule):
         samples_BK = describe_samples(
             rollouts,
             old_logp_BT=old_logp_BT,
-            teacher_logp_BT=self.logprobs(self.frozen_policy("teacher"), rollouts)[0],
+            teacher_logp_BT=self.teacher_logprobs(rollouts),
             old_entropy_BT=old_entropy_BT,
         )
         return PairExperience(
@@ -203,8 +208,7 @@ class PairModule(OnPolicyModule):
     def evaluation_scores(self, rollouts: RolloutBatch) -> dict[str, Tensor]:
         """Return the distance of each answer to the teacher."""
         logp_BT, _ = self.logprobs(self.actor, rollouts)
-        teacher_logp_BT, _ = self.logprobs(self.frozen_policy("teacher"), rollouts)
-        return {"teacher_kl": (logp_BT - teacher_logp_BT).sum(dim=1)}
+        return {"teacher_kl": (logp_BT - self.teacher_logprobs(rollouts)).sum(dim=1)}
 
 
 def _are_equal(demonstrations: TokenBatch, rollouts: RolloutBatch, demonstration_P: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class PPOModule(DPRModule):
         self.value_model = load_critic(self.initial_weights, self.backbone)
         num_parameters = sum(parameter.numel() for parameter in self.value_model.parameters())
         rank_zero_info(f"Critic from '{self.initial_weights}': {num_parameters / 1e6:,.2f}M parameters")
+        self.shard(self.value_model)
         self.value_model.train()
 
     @override
@@ -89,7 +90,7 @@ class PPOModule(DPRModule):
         super().on_load_checkpoint(checkpoint)
         if self.value_model is None:
             # validate, test and predict have no use for the critic.
-            weights = checkpoint["state_dict"]
+            weights = checkpoint.get("state_dict", {})  # of sharded ones only what there is a place for was read
             checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith("value_model.")}
 
     @override

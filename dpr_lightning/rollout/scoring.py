@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,25 @@ def trim(batch: TokenBatch, rows_B: Tensor) -> TokenBatch:
     )
 
 
+def micro_batches(
+    batch: TokenBatch, size: int, module: CausalPolicy | ValueModel
+) -> Iterator[tuple[Tensor, TokenBatch]]:
+    """Yield the rows of micro-batches of like length, and these, longest first.
+
+    Ranks of a sharded module forward together: one with fewer micro-batches than another repeats its last one.
+
+    Args:
+        batch: Right-padded, on any device.
+        size: Rows of one forward.
+        module: What the forwards are of.
+    """
+    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
+    chunks = order_B.split(size)
+    for number in range(module.most(len(chunks))):
+        rows_B = chunks[min(number, len(chunks) - 1)]
+        yield rows_B, trim(batch, rows_B)
+
+
 @torch.no_grad()
 def score_tokens(
     batch: TokenBatch,
@@ -77,15 +96,12 @@ def score_tokens(
     references = [reference] if isinstance(reference, CausalPolicy) else list(reference)
     for policy in (teacher, *references):
         policy.assert_frozen()
-    device = actor.model.device
-    length_B = batch.attention_mask_BT.sum(dim=1)
-    order_B = length_B.argsort(descending=True, stable=True)
+    device = actor.device
     fields = ["old_logp_BT", "teacher_logp_BT", "reference_logp_BT", "old_entropy_BT"]
     fields += ["teacher_value_BT", "reference_value_BT"] if needs_values else []
     fields += ["teacher_kl_BT", "expected_dense_BT"] if expectation_limits is not None else []
     out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
-    for rows_B in order_B.split(micro_batch_size):
-        micro = trim(batch, rows_B)
+    for rows_B, micro in micro_batches(batch, micro_batch_size, actor):
         values = _score_micro_batch(micro.to(device), actor, teacher, references, needs_values, expectation_limits)
         for name, values_N in values.items():
             out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
@@ -111,12 +127,10 @@ def policy_logprobs(
     Returns:
         [B, T] float32 log-probabilities, and [B, T] float32 entropies in nats or None; both 0 outside the response.
     """
-    device = policy.model.device
+    device = policy.device
     logp_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32)
     entropy_BT = torch.zeros_like(logp_BT) if with_entropy else None
-    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
-    for rows_B in order_B.split(micro_batch_size):
-        micro = trim(batch, rows_B)
+    for rows_B, micro in micro_batches(batch, micro_batch_size, policy):
         width = micro.input_ids_BT.shape[1]
         out = policy(micro.to(device), with_entropy=with_entropy)
         logp_BT[rows_B, :width] = scatter_tokens(out.logp_N.float().cpu(), micro.response_mask_BT)
@@ -137,9 +151,7 @@ def token_values(batch: TokenBatch, critic: ValueModel, *, micro_batch_size: int
         micro_batch_size: Rows of one forward.
     """
     value_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32)
-    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
-    for rows_B in order_B.split(micro_batch_size):
-        micro = trim(batch, rows_B)
+    for rows_B, micro in micro_batches(batch, micro_batch_size, critic):
         values_N = critic(micro.to(critic.device))
         value_BT[rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(values_N.cpu(), micro.response_mask_BT)
     return value_BT

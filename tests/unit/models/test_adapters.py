@@ -21,8 +21,9 @@ from dpr_lightning.models.adapters import (
     add_adapter,
     find_source,
     load_adapter,
+    merged_state,
     save_adapter,
-    save_merged,
+    save_plain,
     train_only,
     using,
 )
@@ -67,7 +68,7 @@ def adapter_dirs(base_dir: Path, tmp_path: Path) -> list[Path]:
         add_adapter(model, ACTOR, LoRASettings(rank=4, alpha=8.0))
         move(model, ACTOR, seed)
         directories.append(tmp_path / f"adapter_{seed}")
-        save_adapter(model, ACTOR, directories[-1], base=str(base_dir))
+        save_adapter(model, ACTOR, model.state_dict(), directories[-1], base=str(base_dir))
     return directories
 
 
@@ -101,7 +102,7 @@ def test_merged_and_saved_it_is_a_plain_model_of_the_same_logits(
     add_adapter(model, ACTOR, LoRASettings(rank=4))
     move(model, ACTOR, 1)
     expected = logits(model)
-    save_merged(model, ACTOR, tmp_path)
+    save_plain(model, merged_state(model, ACTOR), tmp_path)
     assert torch.equal(logits(model), expected)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
@@ -116,7 +117,7 @@ def test_a_saved_adapter_loads_in_peft_and_in_transformers_alone(family: str, ti
     model.save_pretrained(tmp_path / "base")
     add_adapter(model, ACTOR, LoRASettings(rank=4))
     move(model, ACTOR, 1)
-    save_adapter(model, ACTOR, tmp_path / "adapter", base=str(tmp_path / "base"))
+    save_adapter(model, ACTOR, model.state_dict(), tmp_path / "adapter", base=str(tmp_path / "base"))
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(by_peft), logits(model), rtol=1e-4, atol=1e-5)
     by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -240,8 +241,8 @@ def test_sources(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> No
     merged = tmp_path / "final"
     model = load_model(str(base_dir), BackboneConfig(name_or_path=""))
     load_adapter(model, ACTOR, adapter_dirs[0])
-    save_merged(model, ACTOR, merged)
-    save_adapter(model, ACTOR, merged / "adapter", base=str(base_dir))
+    save_plain(model, merged_state(model, ACTOR), merged)
+    save_adapter(model, ACTOR, model.state_dict(), merged / "adapter", base=str(base_dir))
     found = find_source(str(merged))
     assert (found.base, found.adapter) == (str(base_dir), merged / "adapter")
     # By itself it is a whole model, which needs no base.

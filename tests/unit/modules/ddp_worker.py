@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpr_lightning.data.demonstrations import DemonstrationConfig
@@ -21,12 +22,16 @@ from dpr_lightning.data.pair_datamodule import PairDataModule
 from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.data.sft_datamodule import SFTDataModule
 from dpr_lightning.errors import NonFiniteError
+from dpr_lightning.models.adapters import LoRASettings
 from dpr_lightning.models.backbone import BackboneConfig
+from dpr_lightning.models.parallel import whole
 from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.modules.pairs import PairModule
 from dpr_lightning.modules.ppo import PPOModule
 from dpr_lightning.modules.sft import SFTModule
-from dpr_lightning.rollout.sampler import Samples
+from dpr_lightning.rollout.sampler import Sampler, Samples
+from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.strategy import check_strategy
 from dpr_lightning.types import Experience, SamplingConfig
 
 
@@ -77,11 +82,11 @@ class Poison(Callback):
             next(pl_module.parameters()).data.fill_(float("nan"))
 
 
-def make_trainer(root: Path, world_size: int, *callbacks: Callback, max_epochs: int = 1) -> Trainer:
+def make_trainer(root: Path, world_size: int, strategy: str, *callbacks: Callback, max_epochs: int = 1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=world_size,
-        strategy="ddp" if world_size > 1 else "auto",
+        strategy=check_strategy(strategy),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -92,9 +97,16 @@ def make_trainer(root: Path, world_size: int, *callbacks: Callback, max_epochs: 
     )
 
 
-def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int = 1) -> dict[str, Any]:
+def num_local(module: Any) -> int:
+    """Count the weights that lie on this rank."""
+    weights = [value for policy in (module, *module.frozen.values()) for value in policy.state_dict().values()]
+    return sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in weights)
+
+
+def fit(module: Any, data: Any, *, root: Path, world_size: int, strategy: str, max_epochs: int = 1) -> dict[str, Any]:
     keep = Keep()
-    trainer = make_trainer(root, world_size, keep, max_epochs=max_epochs)
+    trainer = make_trainer(root, world_size, strategy, keep, max_epochs=max_epochs)
+    torch.manual_seed(0)  # draws new adapters
     trainer.fit(module, data)
     experience = getattr(data, "experience", None)
     found: dict[str, Any] = {
@@ -103,8 +115,9 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int 
         "accumulation": trainer.accumulate_grad_batches,
         "loss_scale": module.loss_scale,
         "counts": keep.counts,
+        "num_local": num_local(module),
         "metrics": keep.metrics,
-        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "weights": {name: whole(value).clone() for name, value in module.state_dict().items()},
     }
     if experience is not None:
         mask_BT = experience.rollouts.response_mask_BT
@@ -117,19 +130,30 @@ def fit(module: Any, data: Any, *, root: Path, world_size: int, max_epochs: int 
     return found
 
 
-def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, dict[str, Any]]:
-    """Return what SFT, DPR with one step and with two, PPO and SPIN did, and how two ranks stopped at a NaN."""
+def run(
+    root: Path, strategy: str, teacher: str, reference: str, source: str, *, world_size: int
+) -> dict[str, dict[str, Any]]:
+    """Return what the stages of training did, and how two ranks stopped at a NaN."""
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.1), "warmup_ratio": 0.0}
     demonstrations = DemonstrationConfig(source=source)
 
-    def dpr(global_batch_size: int) -> dict[str, Any]:
+    def dpr(global_batch_size: int, sampler: Sampler | None = None, **backbone: Any) -> dict[str, Any]:
         module = DPRModule(
-            teacher, reference, backbone=BackboneConfig(name_or_path="unused"), sampler=PromptSampler(), **sgd
+            teacher,
+            reference,
+            backbone=BackboneConfig(name_or_path="unused", **backbone),
+            sampler=sampler or PromptSampler(),
+            offload_frozen=bool(backbone),
+            **sgd,
         )
         data = RolloutDataModule(
-            demonstrations, prompts_per_rollout=16, global_batch_size=global_batch_size, micro_batch_size=4
+            demonstrations,
+            sampling=SamplingConfig(temperature=0.0, max_new_tokens=12, batch_size=3),
+            prompts_per_rollout=16,
+            global_batch_size=global_batch_size,
+            micro_batch_size=4,
         )
-        return fit(module, data, root=root, world_size=world_size)
+        return fit(module, data, root=root, world_size=world_size, strategy=strategy)
 
     # The second rollout batch is measured against a critic that has learnt something.
     def ppo() -> dict[str, Any]:
@@ -143,7 +167,7 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
             **sgd,
         )
         data = RolloutDataModule(demonstrations, prompts_per_rollout=12, global_batch_size=12, micro_batch_size=6)
-        return fit(module, data, root=root, world_size=world_size, max_epochs=2)
+        return fit(module, data, root=root, world_size=world_size, strategy=strategy, max_epochs=2)
 
     def pairs() -> dict[str, Any]:
         module = PairModule(teacher, backbone=BackboneConfig(name_or_path="unused"), sampler=PromptSampler(), **sgd)
@@ -154,7 +178,9 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
             global_batch_size=16,
             micro_batch_size=4,
         )
-        return fit(module, data, root=root, world_size=world_size) | {"tokens": module.total_token_counts()}
+        return fit(module, data, root=root, world_size=world_size, strategy=strategy) | {
+            "tokens": module.total_token_counts()
+        }
 
     # 24 rows in steps of 10: the last step is incomplete, and one rank gets more of it than the other.
     def sft() -> tuple[SFTModule, SFTDataModule]:
@@ -162,15 +188,18 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
         return module, SFTDataModule(demonstrations, global_batch_size=10, micro_batch_size=5)
 
     found = {
-        "sft": fit(*sft(), root=root, world_size=world_size),
+        "sft": fit(*sft(), root=root, world_size=world_size, strategy=strategy),
         "dpr_one_step": dpr(16),
         "dpr_two_steps": dpr(8),
+        # Teacher and actor share a base, the reference is a model of its own.
+        "dpr_lora": dpr(16, lora=LoRASettings(rank=4), gradient_checkpointing=True),
+        "dpr_greedy": dpr(16, TransformersSampler(), gradient_checkpointing=True),
         "ppo": ppo(),
         "pairs": pairs(),
     }
     if world_size > 1:
         try:
-            make_trainer(root, world_size, Poison()).fit(*sft())
+            make_trainer(root, world_size, strategy, Poison()).fit(*sft())
         except NonFiniteError as error:
             found["poisoned"] = {"message": str(error)}
     return found
@@ -179,4 +208,4 @@ def run(root: Path, teacher: str, reference: str, source: str, *, world_size: in
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, *sources = sys.argv[1:]
-    torch.save(run(Path(out).parent, *sources, world_size=2), out)
+    torch.save({name: run(Path(out).parent, name, *sources, world_size=2) for name in ("ddp", "fsdp")}, out)

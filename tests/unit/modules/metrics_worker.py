@@ -29,15 +29,18 @@ class IsEven(Verifier):
 def run(root: Path, teacher: str, reference: str, source: str, *, world_size: int) -> dict[str, float]:
     held_out = DemonstrationConfig(source=source, validation_fraction=0.5)
     shared: dict[str, Any] = {"sampler": PromptSampler(), "metrics": [VerifierAccuracy(IsEven(), name="even")]}
-    # 24 prompts in batches of 5: three for each rank, and one of them has been served before.
+    # 24 prompts in batches of 5: three for each rank, and one of them has been served before. The last has 4, which is
+    # one scoring forward less than 5.
     decoding = SamplingConfig(batch_size=5)
-    dpr = DPRModule(teacher, reference, backbone=BackboneConfig(name_or_path="unused"), **shared)
+    dpr = DPRModule(
+        teacher, reference, backbone=BackboneConfig(name_or_path="unused"), score_micro_batch_size=2, **shared
+    )
     sft = SFTModule(backbone=BackboneConfig(name_or_path=teacher), decoding=decoding, **shared)
     own = {"evaluation_prompts": DemonstrationConfig(source=source)}
     rollouts = RolloutDataModule(held_out, sampling=decoding, **own)  # type: ignore[arg-type]
     found = {}
     for name, module, data in (("dpr", dpr, rollouts), ("sft", sft, SFTDataModule(held_out, **own))):  # type: ignore[arg-type]
-        trainer = make_trainer(root, world_size)
+        trainer = make_trainer(root, world_size, "fsdp" if world_size > 1 else "auto")
         trainer.validate(module, data, verbose=False)
         found[name] = float(trainer.callback_metrics["val/even"])
     return found

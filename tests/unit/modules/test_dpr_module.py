@@ -54,12 +54,12 @@ def test_frozen_policies_are_no_part_of_the_module(
 
     # Two epochs of training left both where they were, and moved the actor away from its teacher.
     for name, source in (("teacher", module.teacher), ("reference", module.reference)):
-        policy = module.frozen_policy(name)
+        policy = module.frozen[name]
         policy.assert_frozen()
         for key, value in load_model(source, module.backbone).state_dict().items():
             assert torch.equal(policy.model.state_dict()[key], value), key
         assert all(parameter.grad is None for parameter in policy.parameters())
-    assert not torch.equal(module.actor.model.lm_head.weight, module.frozen_policy("teacher").model.lm_head.weight)
+    assert not torch.equal(module.actor.model.lm_head.weight, module.frozen["teacher"].model.lm_head.weight)
 
 
 def test_references_are_averaged_and_counted(dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]) -> None:
@@ -148,7 +148,7 @@ def test_expected_reward_is_the_expectation_over_all_actions(
     scores = module.score(rollouts)
     found_BT = module._expected_reward(scores)
     assert found_BT is not None
-    models = [module.actor.model, module.frozen_policy("teacher").model, module.frozen_policy("reference").model]
+    models = [module.actor.model, module.frozen["teacher"].model, module.frozen["reference"].model]
     for row in range(4):
         ids_T = rollouts.input_ids_BT[row][rollouts.attention_mask_BT[row]]
         with torch.no_grad():

@@ -59,18 +59,39 @@ def run_ranks(directory: Path, *sources: str, worker: Path = WORKER) -> list[dic
 
 
 @pytest.fixture(scope="module")
-def found(
+def one_process(
     tmp_path_factory: pytest.TempPathFactory, frozen_dirs: tuple[str, str], demonstrations_file: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What one process did, and what each of two did."""
-    directory = tmp_path_factory.mktemp("ranks")
-    ranks = run_ranks(directory, *frozen_dirs, demonstrations_file)
+) -> dict[str, Any]:
+    """What one process does."""
     spec = importlib.util.spec_from_file_location("ddp_worker", WORKER)
     assert spec is not None
     assert spec.loader is not None
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    return worker.run(directory, *frozen_dirs, demonstrations_file, world_size=1), ranks
+    directory = tmp_path_factory.mktemp("one_process")
+    return worker.run(directory, "auto", *frozen_dirs, demonstrations_file, world_size=1)
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def strategy(request: pytest.FixtureRequest) -> str:
+    """How two processes share the work."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def two_processes(
+    tmp_path_factory: pytest.TempPathFactory, frozen_dirs: tuple[str, str], demonstrations_file: str
+) -> list[dict[str, Any]]:
+    """What each of two does, by strategy."""
+    return run_ranks(tmp_path_factory.mktemp("ranks"), *frozen_dirs, demonstrations_file)
+
+
+@pytest.fixture
+def found(
+    strategy: str, one_process: dict[str, Any], two_processes: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one process did, and what each of two did."""
+    return one_process, [rank[strategy] for rank in two_processes]
 
 
 def test_there_were_two_ranks(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
@@ -83,15 +104,25 @@ def test_there_were_two_ranks(found: tuple[dict[str, Any], list[dict[str, Any]]]
         assert ranks[0][stage]["loss_scale"] == one[stage]["loss_scale"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpr_one_step", "ppo", "pairs"])
+def test_weights_are_whole_or_halves(strategy: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, ranks = found
+    for stage in one:
+        of_ranks = [rank[stage]["num_local"] for rank in ranks]
+        if strategy == "ddp":
+            assert of_ranks == [one[stage]["num_local"]] * 2
+        else:
+            assert sum(of_ranks) == one[stage]["num_local"]
+            assert max(of_ranks) < 0.52 * one[stage]["num_local"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpr_one_step", "dpr_greedy", "dpr_lora", "ppo", "pairs"])
 def test_the_same_steps_are_taken(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     one, ranks = found
     keys = {
         "sft": ("train/loss",),
-        "dpr_one_step": ("policy/loss", "policy/ratio_mean"),
         "ppo": ("policy/loss", "value/loss", "value/grad_norm"),
         "pairs": ("policy/loss", "pairs/margin"),
-    }[stage]
+    }.get(stage, ("policy/loss", "policy/ratio_mean"))
     for rank in ranks:
         assert len(rank[stage]["metrics"]) == len(one[stage]["metrics"]) == {"sft": 3, "ppo": 2}.get(stage, 1)
         for step, metrics in enumerate(one[stage]["metrics"]):
@@ -113,7 +144,7 @@ def test_the_last_incomplete_step_counts_what_it_has(found: tuple[dict[str, Any]
         assert [tokens for tokens, _ in rank["sft"]["counts"]] == [counts[0], counts[2], counts[4]]
 
 
-@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps", "ppo"])
+@pytest.mark.parametrize("stage", ["dpr_one_step", "dpr_two_steps", "dpr_greedy", "dpr_lora", "ppo"])
 def test_advantages_are_those_of_one_process(stage: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     one, ranks = found
     assert ranks[0][stage]["prompts"] + ranks[1][stage]["prompts"] == one[stage]["prompts"]
@@ -152,9 +183,11 @@ def test_pairs_are_those_of_one_process(found: tuple[dict[str, Any], list[dict[s
             assert rank["pairs"]["stats"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_one_ranks_nan_stops_both(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+def test_one_ranks_nan_stops_both(strategy: str, found: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     messages = [rank["poisoned"]["message"] for rank in found[1]]
-    assert messages[0].startswith("loss stopped being finite on another rank at optimizer step 1, epoch 0")
+    # A shard of one rank is part of every rank's weights.
+    first = "loss became nan on rank 0" if strategy == "fsdp" else "loss stopped being finite on another rank"
+    assert messages[0].startswith(f"{first} at optimizer step 1, epoch 0")
     assert messages[1].startswith("loss became nan on rank 1 at optimizer step 1, epoch 0")
 
 

@@ -114,6 +114,6 @@ def test_variant_trains(name: str, frozen_dirs: tuple[str, str], demonstrations_
     assert math.isfinite(metrics["policy/loss"])
     assert metrics["policy/grad_norm"] > 0.0
     assert ("policy/kl_term" in metrics) == name.startswith("kl_")
-    teacher_VD = cli.model.frozen_policy("teacher").model.lm_head.weight
+    teacher_VD = cli.model.frozen["teacher"].model.lm_head.weight
     moved = float((cli.model.actor.model.lm_head.weight.detach() - teacher_VD).norm())
     assert moved > 0.0
