@@ -72,8 +72,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.model is not None
-        return get_model_state_dict(self.model, options=self._options(of_weights=True))
+        return self._trained_weights(self._options(of_weights=True))
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def _load_sharded(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         keys = FileSystemReader(path).read_metadata().state_dict_metadata
-        weights = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        weights = self._trained_weights(StateDictOptions(ignore_frozen_params=True))
         _refuse_others(path, weights, [key.removeprefix("state_dict.") for key in keys])
         state: dict[str, Any] = {"state_dict": weights}
         for number, optimizer in enumerate(self.optimizers):
@@ -106,7 +105,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         found: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         weights = found.pop("state_dict")
-        trained = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        trained = self._trained_weights(StateDictOptions(ignore_frozen_params=True))
         _refuse_others(path, trained, weights)
         whole = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self.model, {name: weights[name] for name in trained}, options=whole)
@@ -115,6 +114,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
             order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=_by_name(state, order), options=whole)
         return found
+
+    def _trained_weights(self, options: StateDictOptions) -> dict[str, Any]:
+        assert self.model is not None
+        named = self.model.named_parameters(remove_duplicate=False)
+        # torch leaves the second name of a tied weight in.
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        state = get_model_state_dict(self.model, options=options)
+        return {name: value for name, value in state.items() if name not in frozen}
 
     def _options(self, *, of_weights: bool = False) -> StateDictOptions:
         return StateDictOptions(

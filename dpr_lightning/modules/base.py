@@ -38,6 +38,7 @@ from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import full_state_dict, gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
+from dpr_lightning.modules.resume import rescale_progress
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.strategy import FullyShardedStrategy
@@ -260,6 +261,7 @@ class CausalLMModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["token_counts"] = self.total_token_counts()
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         if self.backbone.lora is not None:
             # The base is where the run found it; a checkpoint holds what was trained.
             left_out = self._frozen_weights()
@@ -268,6 +270,9 @@ class CausalLMModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit":
+            before = checkpoint.get("accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+            rescale_progress(checkpoint, before=before, now=self.trainer.accumulate_grad_batches)
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
             self.token_counts = dict(checkpoint["token_counts"])

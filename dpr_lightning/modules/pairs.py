@@ -19,11 +19,9 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.functional.pair_losses import PairLoss, SPINLoss
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
 from dpr_lightning.modules.on_policy import OnPolicyModule
+from dpr_lightning.modules.resume import finish_epoch
 from dpr_lightning.rollout.scoring import describe_samples, policy_logprobs, sample_stats
 from dpr_lightning.types import PairBatch, PairExperience, RolloutBatch, TokenBatch
-
-_MORE_THAN_ANY = 2**60
-"""Batches that no epoch has."""
 
 
 class PairModule(OnPolicyModule):
@@ -122,12 +120,8 @@ class PairModule(OnPolicyModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        # Where an epoch's last step wrote the checkpoint, Lightning takes that epoch for finished if as many batches
-        # are done as the *next* one has, and would leave the first batches of a longer one out.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        current = progress["current"]
-        if progress["is_last_batch"] and current["completed"] < current["processed"]:
-            progress["current"] = dict.fromkeys(current, _MORE_THAN_ANY) | {"completed": _MORE_THAN_ANY - 1}
+        # Epochs differ in length, and the first batches of a longer one would be left out.
+        finish_epoch(checkpoint)
 
     def logprobs(
         self, policy: CausalPolicy, batch: TokenBatch, *, with_entropy: bool = False

@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import start_ranks
 from transformers import AutoTokenizer
 
 from dpr_lightning.data.templates import TextTemplate
@@ -22,40 +19,11 @@ pytestmark = pytest.mark.multiprocess
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def run_ranks(directory: Path, *sources: str, worker: Path = WORKER) -> list[dict[str, Any]]:
-    """Run the worker as two ranks under torchrun's environment."""
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "TORCHELASTIC_RUN_ID": "test",
-            "OMP_NUM_THREADS": "1",
-            "HF_DATASETS_CACHE": str(directory / "cache"),
-        }
-        command = [sys.executable, str(worker), str(directory / f"rank{rank}.pt"), *sources]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    """Run the worker as two ranks, and return what each left."""
+    outs = [directory / f"rank{rank}.pt" for rank in range(2)]
+    start_ranks(worker, [[str(out), *sources] for out in outs], directory)
+    return [torch.load(out, weights_only=False) for out in outs]
 
 
 @pytest.fixture(scope="module")
