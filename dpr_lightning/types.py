@@ -12,12 +12,13 @@ never part of a response.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 DataclassT = TypeVar("DataclassT")
 
@@ -39,6 +40,26 @@ def unpack(cls: type[DataclassT], packed: Mapping[str, Any]) -> DataclassT:
         inner = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
         values[field.name] = value if inner is None or value is None else unpack(cast("type[Any]", inner), value)
     return cls(**values)
+
+
+def concatenate(parts: Sequence[Any]) -> Any:
+    """Return what :func:`pack` would have made of all rows together, given what it made of parts of them.
+
+    Rows are dimension 0 of every tensor; a second dimension is padded on the right with 0 to the widest. What is no
+    tensor is taken from the first part.
+
+    Args:
+        parts: One or more, all of the same class.
+    """
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {name: concatenate([part[name] for part in parts]) for name in first}
+    if not isinstance(first, Tensor):
+        return first
+    if first.dim() == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 class _TensorBatch:
@@ -158,19 +179,19 @@ class PairBatch(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledExperience:
-    """What every method keeps of one epoch's samples on this rank; subclasses add what their updates need."""
+    """What every method keeps of one epoch's samples, of all ranks; subclasses add what their updates need."""
 
     rollouts: RolloutBatch
     """This epoch's samples."""
     stats: dict[str, float]
     """Figures of the whole rollout batch over all ranks, by log key."""
     seconds: dict[str, float]
-    """Wall time of this rank's ``rollout`` and ``score`` stages."""
+    """Wall time of the ``rollout`` and ``score`` stages, of the slowest rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience(SampledExperience):
-    """One epoch's rollouts on this rank with everything that the updates need; advantages are final."""
+    """One epoch's rollouts with everything that the updates need; advantages are final."""
 
     scores: TokenScores
     reward_BT: Tensor
@@ -185,7 +206,7 @@ class Experience(SampledExperience):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairExperience(SampledExperience):
-    """One iteration's pairs on this rank: each sample beside the demonstration of its prompt.
+    """One iteration's pairs: each sample beside the demonstration of its prompt.
 
     Pairs are numbered through: those of ``rollouts`` first, then those of ``previous``. Demonstrations are found by
     ``prompt_index_B`` and are not kept twice.

@@ -18,7 +18,7 @@ from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.collate import collate
-from dpr_lightning.types import PairBatch, PairExperience, RolloutBatch, SampledExperience, TokenBatch
+from dpr_lightning.types import PairBatch, PairExperience, RolloutBatch, SampledExperience, TokenBatch, pack
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.pairs import PairModule
@@ -88,12 +88,8 @@ class PairDataModule(RolloutDataModule):
     def _roll_out(self, epoch: int) -> SampledExperience:
         previous = None
         if self.keep_previous and epoch > 0:
-            if self.experience is None:
-                raise UserError(
-                    "ckpt_path: with several ranks the samples of the epoch before are not in the checkpoint, and "
-                    "data.keep_previous needs them; begin anew, or set data.keep_previous to false"
-                )
-            previous = self.experience.rollouts
+            assert self.experience is not None
+            previous = self._share(self.experience.rollouts)
         rollouts, seconds = self._sample(epoch)
         indices = [batch.prompt_index_B for batch in (rollouts, previous) if batch is not None]
         prompts, demonstration_P = torch.cat(indices).unique(return_inverse=True)
@@ -105,11 +101,30 @@ class PairDataModule(RolloutDataModule):
             rollout_seconds=seconds,
         )
 
+    def _share(self, rollouts: RolloutBatch) -> RolloutBatch:
+        """Return this rank's share of all ranks' samples."""
+        assert self.trainer is not None
+        world_size, rank = data_parallel_rank(self.trainer)
+        if world_size == 1:
+            return rollouts
+        share = len(rollouts.prompt_index_B) // world_size
+        rows = slice(rank * share, (rank + 1) * share)
+        return RolloutBatch(**{name: value[rows] for name, value in pack(rollouts).items()})
+
+    @override
+    def _merge(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        merged = super()._merge(parts)
+        # Each rank numbers its own samples' pairs first, then those of the epoch before; so do all together.
+        num_own = len(parts[0]["rollouts"]["prompt_index_B"])
+        for name in ("demonstration_logp_P", "sample_logp_P"):
+            merged[name] = torch.cat(
+                [part[name][:num_own] for part in parts] + [part[name][num_own:] for part in parts]
+            )
+        return merged
+
     @override
     def _rows(self, experience: SampledExperience, epoch: int) -> tuple[list[int], list[int], list[int]]:
         assert isinstance(experience, PairExperience)
-        assert self.trainer is not None
-        _, rank = data_parallel_rank(self.trainer)
         encoded = self.prompts["train"].encoded
         parts = [batch for batch in (experience.rollouts, experience.previous) if batch is not None]
         prompt_P = torch.cat([batch.prompt_index_B for batch in parts]).numpy()
@@ -119,7 +134,7 @@ class PairDataModule(RolloutDataModule):
         order = [
             row
             for number in range(self.passes_per_rollout)
-            for row in np.random.default_rng([self.seed, 2, epoch, rank, number]).permutation(len(prompt_P)).tolist()
+            for row in np.random.default_rng([self.seed, 2, epoch, 0, number]).permutation(len(prompt_P)).tolist()
         ]
         return order, longest_P.tolist(), (demonstration_P + sample_P).tolist()
 

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
-import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed
 from typing_extensions import override
 
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
@@ -28,7 +28,16 @@ from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
 from dpr_lightning.rollout.scoring import make_rollouts
-from dpr_lightning.types import Experience, RolloutBatch, SampledExperience, SamplingConfig, TokenBatch, pack, unpack
+from dpr_lightning.types import (
+    Experience,
+    RolloutBatch,
+    SampledExperience,
+    SamplingConfig,
+    TokenBatch,
+    concatenate,
+    pack,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.dpr import DPRModule
@@ -139,7 +148,7 @@ class RolloutDataModule(LightningDataModule):
         assert trainer is not None
         epoch = running_epoch(trainer)
         if self.experience is None or self._experience_epoch != epoch:
-            self.experience = self._roll_out(epoch)
+            self.experience = self._of_all_ranks(self._roll_out(epoch))
             self._experience_epoch = epoch
         plans = self._plan_updates(self.experience, epoch)
         return MicroBatchLoader(lambda _: plans, self._make_batch, epoch=lambda: running_epoch(trainer))
@@ -183,8 +192,7 @@ class RolloutDataModule(LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the running epoch's experience, so that a run killed in the middle of it goes on with the same."""
-        assert self.trainer is not None
-        if self.experience is None or self.trainer.world_size > 1:
+        if self.experience is None:
             return {}
         return {"epoch": self._experience_epoch, **pack(self.experience)}
 
@@ -209,8 +217,27 @@ class RolloutDataModule(LightningDataModule):
     def _load_prompts(self, config: DemonstrationConfig, template: PromptTemplate) -> dict[SplitName, Prompts]:
         return load_prompts(config, template=template, tokenizer=self.module.tokenizer)
 
+    def _of_all_ranks(self, experience: SampledExperience) -> SampledExperience:
+        """Return every rank's experience, in the order of prompts: updates are then dealt as one process deals them.
+
+        A checkpoint of any rank holds it all, and resumes on another number of ranks.
+        """
+        assert self.trainer is not None
+        if self.trainer.world_size == 1:
+            return experience
+        parts: list[Any] = [None] * self.trainer.world_size
+        distributed.all_gather_object(parts, pack(experience))
+        merged = self._merge(parts)
+        merged["seconds"] = {name: max(part["seconds"][name] for part in parts) for name in experience.seconds}
+        return unpack(type(experience), merged)
+
+    def _merge(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return one packed experience of all ranks', in the order of ranks."""
+        merged: dict[str, Any] = concatenate(parts)
+        return merged
+
     def _roll_out(self, epoch: int) -> SampledExperience:
-        """Return the epoch's samples with all that the module's updates need."""
+        """Return this rank's share of the epoch's samples with all that the module's updates need."""
         rollouts, seconds = self._sample(epoch)
         return cast("DPRModule", self.module).build_experience(rollouts, rollout_seconds=seconds)
 
@@ -218,11 +245,6 @@ class RolloutDataModule(LightningDataModule):
         """Return this rank's samples of ``epoch`` from the current policy, and the seconds that they took."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.world_size > 1 and trainer.fit_loop.epoch_loop.restarting and not trainer.is_last_batch:
-            raise UserError(
-                "ckpt_path: this checkpoint lies inside an epoch, and with several ranks the epoch's rollouts are not "
-                "in it; resume from one that was written at an epoch's end"
-            )
         world_size, rank = data_parallel_rank(trainer)
         share = self.prompts_per_rollout // world_size
         mine = self.prompt_indices(epoch)[rank * share : (rank + 1) * share]
@@ -240,10 +262,8 @@ class RolloutDataModule(LightningDataModule):
 
     def _rows(self, experience: SampledExperience, epoch: int) -> tuple[list[int], list[int], list[int]]:
         """Return the order in which rows are trained on, and by row number its tokens and its response tokens."""
-        assert self.trainer is not None
-        _, rank = data_parallel_rank(self.trainer)
         rollouts = experience.rollouts
-        order = np.random.default_rng([self.seed, 2, epoch, rank]).permutation(len(rollouts.prompt_index_B))
+        order = np.random.default_rng([self.seed, 2, epoch, 0]).permutation(len(rollouts.prompt_index_B))
         return (
             order.tolist(),
             rollouts.attention_mask_BT.sum(dim=1).tolist(),
@@ -251,22 +271,19 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def _plan_updates(self, experience: SampledExperience, epoch: int) -> list[MicroBatchPlan]:
-        """Deal this rank's rows to optimizer steps and micro-batches; counts are of all ranks."""
+        """Deal all ranks' rows to optimizer steps and micro-batches; return those of this rank."""
         assert self.trainer is not None
-        world_size, _ = data_parallel_rank(self.trainer)
-        plans = plan_micro_batches(
+        world_size, rank = data_parallel_rank(self.trainer)
+        return plan_micro_batches(
             *self._rows(experience, epoch),
-            global_batch_size=self.global_batch_size // world_size,
+            global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
+            world_size=world_size,
+            rank=rank,
         )
-        if world_size == 1:
-            return plans
-        mine = torch.tensor([[plan.num_tokens, plan.num_sequences] for plan in plans], dtype=torch.float64)
-        total = self.module.reduce_sum(mine).long().tolist()
-        return [MicroBatchPlan(plan.rows, tokens, rows) for plan, (tokens, rows) in zip(plans, total, strict=True)]
 
     def _make_batch(self, plan: MicroBatchPlan) -> TokenBatch:
-        # The rank's responses divide into whole micro-batches (checked in setup), so there are no padding rows.
+        # The responses divide into whole micro-batches (checked in setup), so there are no padding rows.
         assert PADDING_ROW not in plan.rows
         assert isinstance(self.experience, Experience)
         return cast("DPRModule", self.module).make_batch(self.experience, plan)

@@ -148,7 +148,7 @@ class CausalLMModule(LightningModule):
 
     def shard(self, module: CausalPolicy | ValueModel, *, offload: bool = False) -> None:
         """Shard a module over ranks where the Trainer's strategy asks for it; otherwise leave it as it is."""
-        strategy = self.trainer.strategy
+        strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, FullyShardedStrategy):
             module.shard(strategy.mesh, compute_dtype=strategy.compute_dtype, offload=offload)
 

@@ -178,7 +178,7 @@ def run(
             global_batch_size=16,
             micro_batch_size=4,
         )
-        return fit(module, data, root=root, world_size=world_size, strategy=strategy) | {
+        return fit(module, data, root=root, world_size=world_size, strategy=strategy, max_epochs=2) | {
             "tokens": module.total_token_counts()
         }
 
