@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dpr_lightning.arguments import Parser
 from dpr_lightning.callbacks.run_recorder import RunRecorder
+from dpr_lightning.checkpoints import VerifiedCheckpointIO
 from dpr_lightning.errors import UserError
-from dpr_lightning.manifest import read_json
 from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.quiet import quieten
+from dpr_lightning.run_directory import (
+    CHECKPOINTS,
+    TENSORBOARD,
+    RunLogger,
+    check_checkpoint,
+    check_run_dir,
+    locked,
+    where_to_go_on,
+)
 from dpr_lightning.strategy import check_strategy
 
 _SMALLEST = {
@@ -42,7 +52,16 @@ class CommandLine(LightningCLI):
 
     ``--run_dir`` is the one place that a run writes to: configuration, manifest, TensorBoard logs, checkpoints and
     model directories all lie below it.
+
+    Args:
+        args: See ``LightningCLI``.
+        while_it_runs: What to leave when the command has ended.
+        kwargs: See ``LightningCLI``.
     """
+
+    def __init__(self, *args: Any, while_it_runs: ExitStack, **kwargs: Any) -> None:
+        self.while_it_runs = while_it_runs
+        super().__init__(*args, **kwargs)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -60,8 +79,15 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir)
-        check_run_dir(run_dir, is_new=self.subcommand == "fit" and not config.ckpt_path)
+        check_run_dir(run_dir)
         check_checkpoint(config.ckpt_path, run_dir)
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            self.while_it_runs.enter_context(locked(run_dir))
+        if self.subcommand == "fit" and not config.ckpt_path:
+            text = self._parser(self.subcommand).dump(config, skip_none=False)
+            config.ckpt_path = where_to_go_on(run_dir, yaml.safe_load(text))
+        elif config.ckpt_path == "last":
+            config.ckpt_path = str(run_dir / CHECKPOINTS)
         self.parser.add_instantiator(self._construct, object, subclasses=True)
 
     @override
@@ -89,12 +115,16 @@ class CommandLine(LightningCLI):
         settings = self.config_init[self.subcommand].trainer
         if settings.logger in (None, True):
             is_predict = self.subcommand == "predict"
-            kwargs["logger"] = False if is_predict else TensorBoardLogger(run_dir, name="", version="tensorboard")
+            kwargs["logger"] = False if is_predict else RunLogger(run_dir, name="", version=TENSORBOARD)
+        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
+        settings.plugins = [plugin for plugin in plugins if plugin is not None]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
+            settings.plugins.append(VerifiedCheckpointIO())
         settings.strategy = check_strategy(settings.strategy)
         settings.callbacks = without_replaced(settings.callbacks)
         for callback in settings.callbacks or []:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(run_dir / "checkpoints")
+                callback.dirpath = str(run_dir / CHECKPOINTS)
         try:
             return super().instantiate_trainer(default_root_dir=run_dir, **kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -119,12 +149,12 @@ def without_replaced(callbacks: Any) -> Any:
     """
     if not isinstance(callbacks, list):
         return callbacks
-    later = [type(callback) for callback in callbacks]
+    # Checkpoints by different figures, and those by none, stand beside each other.
+    later = [(type(callback), getattr(callback, "monitor", None)) for callback in callbacks]
     kept = []
     for callback in callbacks:
-        later.pop(0)
-        is_ours = type(callback).__module__.startswith("dpr_lightning.") and not isinstance(callback, ModelCheckpoint)
-        if not is_ours or type(callback) not in later:
+        own = later.pop(0)
+        if not type(callback).__module__.startswith("dpr_lightning.") or own not in later:
             kept.append(callback)
     return kept
 
@@ -164,58 +194,15 @@ def _class_name(node: Any) -> str:
     return str(node.get("class_path", "")).rpartition(".")[2] if isinstance(node, Namespace) else ""
 
 
-def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
-    """Refuse a checkpoint that is not there; Lightning would begin anew without the last one.
-
-    Raises:
-        UserError: With what to do.
-    """
-    if ckpt_path in (None, "hpc") or str(ckpt_path).startswith("registry") or "://" in str(ckpt_path):
-        return
-    if ckpt_path in ("last", "best"):
-        if not list((run_dir / "checkpoints").glob("*.ckpt")):
-            raise UserError(
-                f"ckpt_path: found '{ckpt_path}', but '{run_dir / 'checkpoints'}' holds no checkpoint; set run_dir to "
-                "the run that you mean, or leave ckpt_path out and begin anew"
-            )
-    # A sharded checkpoint is a directory.
-    elif not Path(str(ckpt_path)).is_file() and not (Path(str(ckpt_path)) / "meta.pt").is_file():
-        raise UserError(f"ckpt_path: no file '{ckpt_path}'; give an existing checkpoint, or 'last'")
-
-
-def check_run_dir(run_dir: Path, *, is_new: bool) -> None:
-    """Refuse a directory that cannot be written to, or that holds another run where a new one begins.
-
-    Raises:
-        UserError: With what to do.
-    """
-    if run_dir == Path():
-        raise UserError("run_dir: found the working directory itself; give a directory of its own, such as runs/sft")
-    try:
-        existing = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
-    except OSError as error:
-        raise UserError(f"run_dir: '{run_dir}' is no usable path ({error.strerror}); choose another") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
-    if is_new and (run_dir / "config.yaml").exists() and not _failed_at_once(run_dir / "run.json"):
-        raise UserError(
-            f"run_dir: '{run_dir}' already holds a run; continue it with --ckpt_path last, choose another --run_dir, "
-            "or delete it"
-        )
-
-
-def _failed_at_once(record: Path) -> bool:
-    """Return whether a run ended before its first step: nothing of it is worth keeping."""
-    if not record.exists():
-        return False
-    found = read_json(record)
-    return found.get("status") == "failed" and found.get("optimizer_steps") == 0
-
-
 def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
     """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand."""
     quieten()
     command = shlex.join(["dpr-lightning", *(args if isinstance(args, list) else sys.argv[1:])])
+    with ExitStack() as while_it_runs:
+        return _command_line(args, command, while_it_runs, run=run)
+
+
+def _command_line(args: ArgsType, command: str, while_it_runs: ExitStack, *, run: bool) -> CommandLine:
     return CommandLine(
         CausalLMModule,
         LightningDataModule,
@@ -233,4 +220,5 @@ def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
         },
         args=args,
         run=run,
+        while_it_runs=while_it_runs,
     )

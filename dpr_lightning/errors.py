@@ -1,4 +1,4 @@
-"""The two ways in which a run refuses to go on: the user's input, or numbers that stopped being numbers."""
+"""Why a run does not go on: the user's input, numbers that stopped being numbers, or nothing left to do."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message says at which step and batch."""
+
+
+class RunIsFinished(Exception):  # noqa: N818
+    """The run has reached its end before; ``main`` prints the message and exits with status 0."""

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpr_lightning.errors import NonFiniteError, UserError
+from dpr_lightning.errors import NonFiniteError, RunIsFinished, UserError
 
 TRAINER_COMMANDS = {
     "fit": "train by one of configs/recipe",
@@ -56,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from dpr_lightning.application import command_line
 
         command_line(packaged_configs(arguments))
+    except RunIsFinished as finished:
+        print(finished)
     except Exception as error:
         if not isinstance(error, _refusals()):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import distributed
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,10 +23,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
+from dpr_lightning.checkpoints import MANIFEST, META, checksum, partial_of, put_in_place, remove, resolve
 from dpr_lightning.errors import UserError
 
-_META = "meta.pt"
-"""Lightning's name of the file in a sharded checkpoint's directory that holds all but weights and optimizer states."""
 _KEY = "trainer.strategy"
 
 
@@ -82,8 +83,35 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return state if self._save_distributed_checkpoint or not state else _by_number(state)
 
     @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if not self._save_distributed_checkpoint:
+            if self.global_rank == 0:
+                self.checkpoint_io.save_checkpoint(checkpoint, path)
+            self.barrier()
+            return
+        partial = partial_of(path)
+        if self.global_rank == 0:
+            remove(partial)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        # Each rank reads its own shards again: what is on the disk is what counts.
+        own = [
+            *partial.glob(f"__{self.global_rank}_*"),
+            *([partial / META, partial / ".metadata"] if self.global_rank == 0 else []),
+        ]
+        parts: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(parts, {file.name: checksum(file) for file in own})
+        if self.global_rank == 0:
+            sums = {name: found for part in parts for name, found in part.items()}
+            (partial / MANIFEST).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+            put_in_place(partial, path)
+        self.barrier()
+
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
+        path = resolve(checkpoint_path)
         return self._load_sharded(path) if path.is_dir() else self._load_whole(path)
 
     def _load_sharded(self, path: Path) -> dict[str, Any]:
@@ -98,7 +126,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=False))
         for number, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{number}"])
-        meta: dict[str, Any] = torch.load(path / _META, weights_only=True)
+        meta: dict[str, Any] = torch.load(path / META, weights_only=True)
         return meta
 
     def _load_whole(self, path: Path) -> dict[str, Any]:

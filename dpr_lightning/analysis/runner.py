@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -112,10 +111,7 @@ def _train(job: Job) -> None:
     if job.task.same_compute_as is not None:
         forwards = token_forwards(read_json(job.task.same_compute_as / "run.json"))
         arguments.append(f"--trainer.max_steps={steps_for(forwards, read_json(job.teacher_dir / 'run.json'))}")
-    if list((directory / "checkpoints").glob("*.ckpt")):
-        arguments.append("--ckpt_path=last")
-    elif directory.exists():
-        shutil.rmtree(directory)
+    # One that was killed goes on where it was.
     command_line(arguments)
     status = read_json(record)["status"]
     if status != "finished":

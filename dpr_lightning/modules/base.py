@@ -38,9 +38,10 @@ from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import full_state_dict, gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
-from dpr_lightning.modules.resume import rescale_progress
+from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.run_directory import RunLogger
 from dpr_lightning.strategy import FullyShardedStrategy
 from dpr_lightning.types import SamplingConfig, TokenBatch
 
@@ -262,6 +263,7 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["token_counts"] = self.total_token_counts()
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["random_states"] = random_states()
         if self.backbone.lora is not None:
             # The base is where the run found it; a checkpoint holds what was trained.
             left_out = self._frozen_weights()
@@ -273,6 +275,11 @@ class CausalLMModule(LightningModule):
         if self.trainer.state.fn == "fit":
             before = checkpoint.get("accumulate_grad_batches", self.trainer.accumulate_grad_batches)
             rescale_progress(checkpoint, before=before, now=self.trainer.accumulate_grad_batches)
+            states = checkpoint.get("random_states", [])
+            restore_random_state(states, rank=self.global_rank, world_size=self.trainer.world_size)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.go_on_from(checkpoint["global_step"])
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
             self.token_counts = dict(checkpoint["token_counts"])

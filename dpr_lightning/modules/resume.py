@@ -1,8 +1,13 @@
-"""What Lightning keeps of a run's place counts micro-batches of one rank; these functions translate it."""
+"""A run's place: what Lightning keeps of it, translated for other numbers of ranks, and every rank's random state."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
 
 from dpr_lightning.errors import UserError
 
@@ -58,3 +63,37 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
 def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     progress: dict[str, Any] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return progress
+
+
+def random_states() -> list[dict[str, Any]]:
+    """Return the state of every rank's global random generators, as tensors and plain values; all ranks must call it.
+
+    Rollouts and orders of rows have seeds of their own. This is for what else may draw.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    own = {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, own)
+    return states
+
+
+def restore_random_state(states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
+    """Take this rank's state back; with another number of ranks than wrote them, none is."""
+    if len(states) != world_size:
+        return
+    own = states[rank]
+    version, words, gauss = own["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = own["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(own["torch"].cpu())
+    if isinstance(own["cuda"], Tensor) and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"].cpu())
