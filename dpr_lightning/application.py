@@ -34,7 +34,7 @@ from dpr_lightning.run_directory import (
     locked,
     where_to_go_on,
 )
-from dpr_lightning.strategy import check_strategy
+from dpr_lightning.strategy import FullyShardedStrategy, check_strategy
 
 _SMALLEST = {
     "logprob_chunk_size": 1,
@@ -101,6 +101,8 @@ class CommandLine(LightningCLI):
             self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except TypeError as error:
             raise UserError(f"model.optimizer: {error}; change it") from error
+        if isinstance(self.trainer.strategy, FullyShardedStrategy) and self.model.backbone.quantization is not None:
+            raise UserError("model.backbone.quantization: a base in 4 bits cannot be sharded; use ddp, or leave it out")
         owners = (self.model, self.datamodule, getattr(self.datamodule, "demonstrations", None))
         for key, owner in zip(("model", "data", "data.demonstrations"), owners, strict=True):
             for name, smallest in _SMALLEST.items():

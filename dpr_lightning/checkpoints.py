@@ -109,6 +109,22 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, found[path]), reverse=True)
 
 
+def resumable_in(directory: Path) -> list[Path]:
+    """Return all checkpoints in a directory that hold more than weights, the one that was written last first."""
+    found = [path for path in directory.glob("*.ckpt") if not path.is_symlink() and not _is_of_weights_only(path)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _is_of_weights_only(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path / META if path.is_dir() else path) as archive:
+            (record,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            # The pickled names of its parts.
+            return b"lr_schedulers" not in archive.read(record)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+        return False  # damaged, which is for others to say
+
+
 def problem_of(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; reads all of it."""
     try:
@@ -158,7 +174,7 @@ def is_first_rank() -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether there is a checkpoint, or a directory of them, at ``path``; nothing is verified."""
-    return path.is_file() or (path / META).is_file() or bool(checkpoints_in(path))
+    return path.is_file() or (path / META).is_file() or bool(resumable_in(path))
 
 
 def _is_folder(path: Path) -> bool:
@@ -174,7 +190,7 @@ def _verified(path: Path) -> Path:
 
 def _newest_whole(directory: Path) -> Path:
     damaged = 0
-    for path in checkpoints_in(directory):
+    for path in resumable_in(directory):
         problem = problem_of(path)
         if problem is None:
             return path

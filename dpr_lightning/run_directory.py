@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpr_lightning.checkpoints import checkpoints_in, is_checkpoint, is_first_rank
+from dpr_lightning.checkpoints import is_checkpoint, is_first_rank, resumable_in
 from dpr_lightning.errors import RunIsFinished, UserError
 from dpr_lightning.manifest import is_complete, read_json
 
@@ -87,7 +87,7 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
     recorded, record = run_dir / "config.yaml", run_dir / "run.json"
     if not recorded.is_file() or _failed_at_once(record):
         return None
-    before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    before = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
     differing = [found for found in _differing(before, config) if found.split(".")[0] not in _NOT_COMPARED]
     if differing:
         more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
@@ -101,7 +101,7 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
             f"run_dir: '{run_dir}' is finished (optimizer step {found.get('optimizer_steps')}), there is nothing left "
             "to train; choose another --run_dir, or delete it to train anew"
         )
-    if checkpoints_in(run_dir / CHECKPOINTS):
+    if resumable_in(run_dir / CHECKPOINTS):
         return str(run_dir / CHECKPOINTS)
     rank_zero_info(f"'{run_dir}' holds a run that ended before its first checkpoint; it begins anew")
     if is_first_rank():
@@ -121,7 +121,7 @@ def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
         return
     if ckpt_path in ("last", "best"):
         directory = run_dir / CHECKPOINTS
-        found = checkpoints_in(directory) if ckpt_path == "last" else list(directory.glob("*.ckpt"))
+        found = resumable_in(directory) if ckpt_path == "last" else list(directory.glob("*.ckpt"))
         if not found:
             raise UserError(
                 f"ckpt_path: found '{ckpt_path}', but '{directory}' holds no checkpoint; set run_dir to the run that "

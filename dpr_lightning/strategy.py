@@ -193,7 +193,7 @@ def check_strategy(strategy: Any) -> Any:
     Raises:
         UserError: It is another kind of sharding, which the modules do not apply.
     """
-    if strategy == "fsdp":
+    if strategy in ("fsdp", f"{FullyShardedStrategy.__module__}.{FullyShardedStrategy.__name__}"):
         return FullyShardedStrategy()
     is_other = isinstance(strategy, FSDPStrategy) or type(strategy) is ModelParallelStrategy
     if is_other or (isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed"))):

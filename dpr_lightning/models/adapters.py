@@ -7,6 +7,7 @@ the actor's training without a word. :func:`using` touches no gradient, and puts
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -231,8 +232,11 @@ def save_plain(model: PreTrainedModel, state: Mapping[str, Tensor], directory: P
 
     Tied weights are written once.
     """
+    config = copy.deepcopy(model.config)
+    # The weights that are written are whole.
+    config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        plain = type(model)(model.config).to(model.dtype)  # type: ignore[arg-type]
+        plain = type(model)(config).to(model.dtype)  # type: ignore[arg-type]
     plain.generation_config = model.generation_config
     if "_weight_conversions" in model.__dict__:
         # How the names of a checkpoint that was loaded differ from the model's: written as it was read.
@@ -252,17 +256,34 @@ def merged_state(model: PreTrainedModel, name: str, state: Mapping[str, Tensor] 
         state: The model's weights by name, whole, where the model's own are sharded.
     """
     state = model.state_dict() if state is None else state
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    in_4_bits = {f"{path}.weight": module for path, module in model.named_modules() if is_in_4_bits(module)}
     merged: dict[str, Tensor] = {}
     for key, value in state.items():
-        if ".lora_" in key:
-            continue
+        weight, is_of_weight, _ = key.partition(".weight.")
+        if ".lora_" in key or (is_of_weight and f"{weight}.weight" in in_4_bits):
+            continue  # an adapter's, or what a weight in 4 bits is scaled by
+        if key in in_4_bits:
+            value = dequantized(in_4_bits[key])
         path = key.removesuffix(".base_layer.weight")
         if path != key and name in layers[path].lora_A:
             up, down = (state[f"{path}.lora_{letter}.{name}.weight"].float() for letter in "BA")
             value = (value.float() + layers[path].scaling[name] * (up @ down)).to(value.dtype)
         merged[key.replace(".base_layer.", ".")] = value
     return merged
+
+
+def is_in_4_bits(module: torch.nn.Module) -> bool:
+    """Return whether a module is a linear layer that bitsandbytes keeps in 4 bits."""
+    return isinstance(module, torch.nn.Linear) and getattr(module.weight, "quant_state", None) is not None
+
+
+def dequantized(layer: Any) -> Tensor:
+    """Return the weight that a layer in 4 bits stands for: that of the policy which was trained."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight
 
 
 def merge(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
@@ -37,6 +46,21 @@ class BackboneConfig:
     lora: LoRASettings | None = None
     """Train an adapter of this size on the frozen model; None trains all weights. Later stages go on with the adapter
     of their teacher, whatever size is written here, and share its base."""
+    quantization: Literal["nf4"] | None = None
+    """Keep the linear layers of the frozen base in 4 bits (NF4 with double quantization, arXiv 2305.14314); needs
+    ``lora`` and the package bitsandbytes. Matrix products are in ``dtype``."""
+
+    def __post_init__(self) -> None:
+        """Refuse a base in 4 bits that would be trained."""
+        if self.quantization is not None and self.lora is None:
+            raise UserError(
+                "model.backbone.quantization: weights in 4 bits cannot be trained; lay configs/lora.yaml over it, or "
+                "leave it out"
+            )
+
+    def unquantized(self) -> BackboneConfig:
+        """Return the same with the weights in ``dtype``."""
+        return dataclasses.replace(self, quantization=None)
 
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -131,6 +155,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             trust_remote_code=backbone.trust_remote_code,
             dtype=getattr(torch, backbone.dtype),
             attn_implementation=backbone.attn_implementation,
+            quantization_config=_quantization(backbone),
             output_loading_info=True,
             key_mapping=key_mapping,
         )
@@ -145,11 +170,29 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     if key_mapping is not None:
         # Kept, it would give the saved weights their multimodal names back, beside a text model's configuration.
         model.__dict__.pop("_weight_conversions", None)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes rounds the scales of a layer in 4 bits further the first time that it runs in eval mode on
+            # such a CPU, for good: the policy would be another after its first rollout.
+            module.support_avx512bf16_for_cpu = False
     disable_dropout(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _quantization(backbone: BackboneConfig) -> BitsAndBytesConfig | None:
+    if backbone.quantization is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.backbone.quantization: needs bitsandbytes; pip install 'dpr-lightning[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=backbone.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, backbone.dtype),
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:

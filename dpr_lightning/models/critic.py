@@ -54,8 +54,11 @@ class ValueModel(nn.Module):
 
 
 def load_critic(name_or_path: str, backbone: BackboneConfig) -> ValueModel:
-    """Load a causal language model's decoder as a critic with a new head; its output layer is dropped."""
-    model = load_model(name_or_path, backbone)
+    """Load a causal language model's decoder as a critic with a new head; its output layer is dropped.
+
+    All of it is trained, so it is never quantized.
+    """
+    model = load_model(name_or_path, backbone.unquantized())
     decoder = model.get_decoder()
     assert isinstance(decoder, PreTrainedModel)
     return ValueModel(decoder, hidden_size=lm_head(model).weight_VD.shape[1])

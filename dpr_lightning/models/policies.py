@@ -203,6 +203,12 @@ def load_policies(
     for name, where in frozen.items():
         found = find_source(where)
         if locate(found.base) != locate(source.base):
+            if backbone.quantization is not None:
+                raise UserError(
+                    f"model.backbone.quantization: the {name} '{where}' stands on '{found.base}', the trained policy "
+                    f"on '{source.base}'; rounded to 4 bits each by itself, they would differ by more than by "
+                    "training. Leave it out, or give adapters on one base"
+                )
             policies[name] = load_policy(where, backbone, chunk_size=chunk_size).freeze()
             continue
         if found.adapter is not None:

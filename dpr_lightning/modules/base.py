@@ -266,9 +266,9 @@ class CausalLMModule(LightningModule):
         checkpoint["random_states"] = random_states()
         if self.backbone.lora is not None:
             # The base is where the run found it; a checkpoint holds what was trained.
-            left_out = self._frozen_weights()
+            trained = self._trained_weights()
             weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: weights[name] for name in weights if name not in left_out}
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trained}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -290,17 +290,17 @@ class CausalLMModule(LightningModule):
         if self.backbone.lora is None or not strict:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
-        if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - self._frozen_weights())]:
+        if wrong := [*found.unexpected_keys, *(self._trained_weights() & set(found.missing_keys))]:
             raise UserError(
                 f"ckpt_path: {len(wrong)} weights of the checkpoint do not fit this run's adapter (first: "
                 f"{min(wrong)}); resume with the run's own model.backbone"
             )
         return found
 
-    def _frozen_weights(self) -> set[str]:
-        """Return the names of the weights in the tree that are not trained."""
-        named = self.actor.named_parameters(prefix="policy", remove_duplicate=False)
-        return {name for name, parameter in named if not parameter.requires_grad}
+    def _trained_weights(self) -> set[str]:
+        """Return the names of the weights in the tree that are trained."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if parameter.requires_grad}
 
     @override
     def on_test_start(self) -> None:

@@ -150,6 +150,20 @@ VALUES = [
     (["--trainer.accelerator=tpuu"], "trainer: You selected an invalid accelerator name"),
     (["--trainer.devices=abc"], "trainer: `devices`"),
     (["--trainer.strategy=foo"], "trainer: You selected an invalid strategy name"),
+    (
+        ["--trainer.strategy=fsdp_cpu_offload"],
+        "trainer.strategy: found fsdp_cpu_offload; weights are sharded by 'fsdp'",
+    ),
+    (
+        ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.FSDPStrategy"}'],
+        "trainer.strategy: found FSDPStrategy",
+    ),
+    (["--trainer.strategy=fsdp", "--trainer.precision=16-mixed"], "trainer: "),
+    (
+        ["--trainer.strategy=fsdp", "-c", "configs/qlora.yaml"],
+        "model.backbone.quantization: a base in 4 bits cannot be sharded",
+    ),
+    (["--model.backbone.quantization=nf4"], "model.backbone.quantization: weights in 4 bits cannot be trained"),
     (["--trainer.max_epochs=-2"], "trainer: `max_epochs` must be"),
     (["--trainer.max_epochs=-1"], "trainer.max_epochs and trainer.max_steps: both are unbounded"),
     (["--trainer.accumulate_grad_batches=5"], "trainer.accumulate_grad_batches: found 5"),
@@ -299,8 +313,10 @@ def test_run_dir_that_cannot_be_written(sft: Refuse, tmp_path: Path) -> None:
 def test_run_dir_that_holds_a_run(sft: Refuse, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    write(run_dir / "config.yaml", "")
-    assert sft().startswith(f"run_dir: '{run_dir}' already holds a run; continue it with --ckpt_path last")
+    write(run_dir / "config.yaml", "seed_everything: 7\n")
+    found = sft()
+    assert found.startswith(f"run_dir: '{run_dir}' already holds a run with other settings (seed_everything is 7 there")
+    assert "--ckpt_path last continues it" in found
     # A run that ended before its first step left nothing that is worth keeping: the next refusal is about the data.
     write(run_dir / "run.json", json.dumps({"status": "failed", "optimizer_steps": 0}))
     assert sft("--data.global_batch_size=0").startswith("data.global_batch_size")

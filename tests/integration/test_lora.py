@@ -140,7 +140,7 @@ def test_the_policy_starts_as_the_teacher_and_moves(root: Path, dpr: Path) -> No
 def test_a_run_that_is_resumed_ends_in_the_same_adapter(root: Path, dpr: Path) -> None:
     # The schedule is of four steps; the first run stops after three, inside the second epoch.
     every_step = "--trainer.callbacks+=dpr_lightning.callbacks.checkpoint.RunCheckpoint"
-    settings = [every_step, "--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.every_n_train_steps=1"]
+    settings = [every_step, "--trainer.callbacks.keep=100", "--trainer.callbacks.every_n_train_steps=1"]
     main(arguments(root, "killed", *settings))
     (found,) = (root / "killed" / "checkpoints").glob("*step=3.ckpt")
     main(arguments(root, "resumed", f"--ckpt_path={found}"))

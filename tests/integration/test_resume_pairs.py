@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.pair_datamodule import PairDataModule
-from dpr_lightning.errors import UserError
 from dpr_lightning.functional.pair_losses import SPINLoss
 from dpr_lightning.models.backbone import BackboneConfig
 from dpr_lightning.modules.pairs import PairModule
@@ -168,16 +167,3 @@ def test_a_killed_run_ends_in_the_same_weights(
     for name, value in weights(module).items():
         assert torch.equal(weights(resumed)[name], value), name
     assert resumed.token_counts == module.token_counts
-
-
-def test_a_checkpoint_without_the_samples_before_is_refused(parts: Make, tmp_path: Path) -> None:
-    """As it comes from several ranks: each has its own samples, and none is in the file."""
-    module, data = parts()
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_on_train_epoch_end=True)
-    make_trainer(tmp_path, checkpoint, max_steps=2).fit(module, data)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
-    saved["PairDataModule"] = {}
-    torch.save(saved, tmp_path / "last.ckpt")
-    module, data = parts()
-    with pytest.raises(UserError, match=r"ckpt_path: .* data\.keep_previous needs them; begin anew, or set"):
-        make_trainer(tmp_path).fit(module, data, ckpt_path=tmp_path / "last.ckpt")

@@ -23,8 +23,8 @@ WORKER = Path(__file__).parent / "cli_worker.py"
 EVERY_STEP = """
 trainer:
   callbacks+:
-    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {every_n_train_steps: 1, save_top_k: -1, filename: "{step}"}
+    - class_path: dpr_lightning.callbacks.checkpoint.RunCheckpoint
+      init_args: {every_n_train_steps: 1, keep: 100}
 """
 WHOLE = [
     "--trainer.strategy=dpr_lightning.strategy.FullyShardedStrategy",

@@ -82,7 +82,7 @@ def class_paths(node: Any) -> list[str]:
 
 def test_listing_is_complete() -> None:
     assert {name(path) for path in AXES["recipe"]} == {"sft", "dpr", "spin", "gsil", "ppo", *OVERLAYS}
-    assert {name(path) for path in AXES["hardware"]} == {"cpu", "gpu1", "gpu8"}
+    assert {name(path) for path in AXES["hardware"]} == {"cpu", "cpu2", "gpu1", "gpu8", "nodes2_gpu8"}
     families = {"tiny", "llama3.1_8b", "qwen2.5_7b", "mistral_7b_v0.1", "gemma3_4b", "smollm2_135m"}
     assert {name(path) for path in AXES["backbone"]} == families
     on_axes = {path for paths in AXES.values() for path in paths}
