@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapt
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpr_lightning.errors import UserError
@@ -194,6 +195,11 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return any(True for _ in _layers(model))
 
 
+def lora_rank(model: PreTrainedModel, name: str) -> int:
+    """Return the inner dimension of one adapter's updates."""
+    return _config(model, name).r
+
+
 def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: str) -> None:
     """Write one adapter in peft's format, which transformers and peft load by themselves.
 
@@ -230,20 +236,35 @@ def save_merged(model: PreTrainedModel, name: str, directory: Path) -> None:
     plain.save_pretrained(directory, state_dict=merged_state(model, name))
 
 
-@torch.no_grad()
 def merged_state(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """Return the weights of the plain model that equals the base with one adapter, in the base's types."""
+    return dict(plain_weights(model, name))
+
+
+@torch.no_grad()
+def plain_weights(model: PreTrainedModel, name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and weight of the plain model that equals ``model``, one at a time: no second copy is ever held.
+
+    Sharded weights are gathered, so every rank must go through all of them.
+
+    Args:
+        model: With adapters or without.
+        name: The adapter that is added to the base's weights, in the base's types; None yields the base's own.
+    """
     updated = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if ".lora_" in key:
             continue
         plain_key = key.replace(".base_layer.", ".")
         layer: Any = updated.get(plain_key)
-        if layer is not None and name in layer.lora_A:
-            value = (value.float() + layer.get_delta_weight(name).float()).to(value.dtype)
-        state[plain_key] = value
-    return state
+        value = _gathered(value)
+        if layer is not None and name is not None and name in layer.lora_A:
+            value = (value.float() + _gathered(layer.get_delta_weight(name)).float()).to(value.dtype)
+        yield plain_key, value
+
+
+def _gathered(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def merge(model: PreTrainedModel, name: str) -> PreTrainedModel:
