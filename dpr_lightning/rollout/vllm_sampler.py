@@ -144,10 +144,11 @@ class VLLMSampler:
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt is empty: there is no state to sample from")
         self.check_length(max(map(len, prompts), default=0), config.max_new_tokens)
+        dtype = self.dtype or str(_compute_dtype(model)).removeprefix("torch.")
         with _without_traces(model.device):
             try:
                 if self._llm is None:
-                    self._llm = self._build(model)
+                    self._llm = self._build(model, dtype)
                 request = self._hand_over(model)
                 samples = draw(
                     self._llm.llm_engine,
@@ -189,7 +190,7 @@ class VLLMSampler:
     def _by_request(self, model: PreTrainedModel) -> bool:
         return self.lora == "request" and has_adapters(model)
 
-    def _build(self, model: PreTrainedModel) -> Any:
+    def _build(self, model: PreTrainedModel, dtype: str) -> Any:
         """Return an engine of the model's shape, whose weights are still to come."""
         device, world_size = model.device, _world_size()
         if world_size == 1 and device.index not in (None, 0):
@@ -216,7 +217,7 @@ class VLLMSampler:
             "generation_config": "vllm",
             # Those of the distribution that is drawn from, as the protocol has it.
             "logprobs_mode": "processed_logprobs",
-            "dtype": self.dtype or str(_compute_dtype(model)).removeprefix("torch."),
+            "dtype": dtype,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "gpu_memory_utilization": self.gpu_memory_utilization,
