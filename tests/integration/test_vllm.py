@@ -205,6 +205,8 @@ def test_dpr_fits_with_rollouts_of_vllm(lora: bool, tmp_path: Path) -> None:
             "--model.sampler.kv_cache_gib=0.1",
             "--model.importance_cap=2",
             "--model.decoding.max_new_tokens=16",
+            f"--data.demonstrations.source={tmp_path / 'train.jsonl'}",
+            "--data.demonstrations.preset=prompt_response",
             "--data.demonstrations.validation_fraction=0.25",
             "--data.prompts_per_rollout=16",
             "--data.samples_per_prompt=2",
