@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import SamplingConfig
@@ -30,21 +30,25 @@ def draw(
         prompts: Token ids, BOS included where the tokenizer has one; none empty.
         config: Length limit, temperature and truncation of the distribution.
         eos_token_id: The id that ends a response.
-        seed: The same seed and weights give the same responses.
+        seed: Of torch's generators, which the caller puts back. The same seed, weights and prompts give the same
+            responses.
         lora_request: The adapter to sample with, if any.
         on_progress: Called with the number of responses finished since the last call.
 
     Raises:
         RuntimeError: A response ended in another way than by EOS or the length limit.
     """
-    for row, (prompt, row_seed) in enumerate(zip(prompts, _seeds(seed, len(prompts)), strict=True)):
-        params = _sampling_params(config, eos_token_id, seed=row_seed)
+    # The engine draws in this process, from torch's own generators. A generator for each request, which vLLM makes of a
+    # seed of its own, is slow, and on a CPU it fails where a prompt is read in parts.
+    torch.manual_seed(seed)
+    for row, prompt in enumerate(prompts):
+        params = _sampling_params(config, eos_token_id)
         engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params, lora_request=lora_request)
     outputs = _finish(engine, on_progress)
     return _collect(outputs, max_new_tokens=config.max_new_tokens, eos_token_id=eos_token_id)
 
 
-def _sampling_params(config: SamplingConfig, eos_token_id: int, *, seed: int) -> Any:
+def _sampling_params(config: SamplingConfig, eos_token_id: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -54,7 +58,6 @@ def _sampling_params(config: SamplingConfig, eos_token_id: int, *, seed: int) ->
         top_p=config.top_p,
         top_k=config.top_k,
         max_tokens=config.max_new_tokens,
-        seed=seed,
         # Of the sampled token alone.
         logprobs=0,
         # There is no tokenizer to know one by.
@@ -62,11 +65,6 @@ def _sampling_params(config: SamplingConfig, eos_token_id: int, *, seed: int) ->
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _seeds(seed: int, num_rows: int) -> list[int]:
-    """Return a seed for each response: equal ones would draw a prompt's samples all alike."""
-    return [int(value) for value in np.random.SeedSequence(seed).generate_state(num_rows, dtype=np.uint32)]
 
 
 def _finish(engine: Any, on_progress: Callable[[int], object] | None) -> list[Any]:

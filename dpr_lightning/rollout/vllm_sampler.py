@@ -145,11 +145,12 @@ class VLLMSampler:
             raise ValueError("a prompt is empty: there is no state to sample from")
         self.check_length(max(map(len, prompts), default=0), config.max_new_tokens)
         dtype = self.dtype or str(_compute_dtype(model)).removeprefix("torch.")
-        with _without_traces(model.device):
+        with _without_traces(model.device), ExitStack() as files:
             try:
                 if self._llm is None:
                     self._llm = self._build(model, dtype)
-                request = self._hand_over(model)
+                self._hand_over(model)
+                request = self._lora_request(model, files) if self._by_request(model) else None
                 samples = draw(
                     self._llm.llm_engine,
                     prompts,
@@ -204,6 +205,9 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         import vllm
 
+        if not torch.distributed.is_initialized():
+            # The engine makes one of this process alone, in the way of a strategy that comes later.
+            self._resources.callback(_end_process_group)
         directory = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="vllm_")))
         # FSDP2 makes a class of its own of each model's.
         own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
@@ -236,7 +240,6 @@ class VLLMSampler:
             try:
                 llm = vllm.LLM(**arguments)
             except (ValueError, TypeError, NotImplementedError) as error:
-                self._resources.close()
                 reason = " ".join(str(error).split())
                 raise UserError(f"{_KEY}: vLLM cannot serve {own.__name__} with these settings: {reason}") from error
         # Weights that nobody hands over would be random, and the only sign a large gap.
@@ -244,8 +247,8 @@ class VLLMSampler:
         self._num_updates = 0
         return llm
 
-    def _hand_over(self, model: PreTrainedModel) -> Any:
-        """Give the engine the model's current weights; return the LoRA request to sample with, if there is one."""
+    def _hand_over(self, model: PreTrainedModel) -> None:
+        """Give the engine the model's current weights; of one whose adapter goes by request, the base, and once."""
         is_first, by_request = self._num_updates == 0, self._by_request(model)
         if self.sleep and not is_first:
             self._llm.wake_up(tags=["weights"])
@@ -265,16 +268,16 @@ class VLLMSampler:
             self._llm.wake_up(tags=["kv_cache"])
         # States of the weights before.
         self._llm.reset_prefix_cache()
-        return self._lora_request(model) if by_request else None
 
-    def _lora_request(self, model: PreTrainedModel) -> Any:
+    def _lora_request(self, model: PreTrainedModel, files: ExitStack) -> Any:
+        """Write the adapter where the engine finds it while ``files`` is open, in memory where that can be."""
         from vllm.lora.request import LoRARequest
 
         shared = Path("/dev/shm")
         root = shared if os.access(shared, os.W_OK) else None
-        # The engine reads it when the first prompt comes, and not again: the next update has another number.
-        directory = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="adapter_", dir=root)))
+        directory = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="adapter_", dir=root)))
         save_adapter(model, ACTOR, directory, base="unused")
+        # The engine keeps adapters by number: a new one is read.
         return LoRARequest(f"{ACTOR}-{self._num_updates}", self._num_updates, str(directory))
 
 
@@ -295,6 +298,14 @@ def _lora_rank(model: PreTrainedModel) -> int:
     if rank > _LORA_RANKS[-1]:
         raise UserError(f"{_KEY}.lora: vLLM serves ranks up to {_LORA_RANKS[-1]}, found {rank}; take 'merge'")
     return next(served for served in _LORA_RANKS if served >= rank)
+
+
+def _end_process_group() -> None:
+    if torch.distributed.is_initialized():
+        from vllm.distributed import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
 
 
 def _forget(model: torch.nn.Module) -> None:

@@ -45,6 +45,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def make_sampler() -> Iterator[Callable[..., VLLMSampler]]:
     made = []
+    assert not torch.distributed.is_initialized()
 
     def make(**settings: Any) -> VLLMSampler:
         made.append(VLLMSampler(**(SMALL | settings)))
@@ -53,6 +54,7 @@ def make_sampler() -> Iterator[Callable[..., VLLMSampler]]:
     yield make
     for sampler in made:
         sampler.close()
+    assert not torch.distributed.is_initialized()
 
 
 def draw(sampler: Any, model: PreTrainedModel, *, seed: int = 0, prompts: Any = PROMPTS, **config: Any) -> Samples:
@@ -157,6 +159,15 @@ def test_draws_follow_the_exact_distribution(
     # chi-square: mean df, variance 2 df. Seeded, so that this either always or never passes.
     df = int(is_used_C.sum()) - 1
     assert statistic < df + 4 * (2 * df) ** 0.5
+
+
+def test_prompts_that_are_read_in_parts(model: PreTrainedModel, make_sampler: Callable[..., VLLMSampler]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 488, (n,), generator=generator).tolist() for n in (40, 7, 33, 50, 21, 48)]
+    sampler = make_sampler(max_num_seqs=4, engine={"max_num_batched_tokens": 32, "enable_chunked_prefill": True})
+    samples = draw(sampler, model, prompts=prompts, max_new_tokens=12)
+    assert gap(model, samples, prompts) < 1e-4
+    assert draw(sampler, model, prompts=prompts, max_new_tokens=12).response_ids == samples.response_ids
 
 
 def test_the_engine_computes_in_the_trainers_type(
