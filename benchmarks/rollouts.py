@@ -80,13 +80,14 @@ def main() -> None:
         _, seconds, _ = draw(name, 0, max_new_tokens=2)
         print(f"{name}: first call, two tokens each, {seconds:.1f} s", flush=True)
     _, update, _ = draw("vLLM", 0, max_new_tokens=1)
-    gaps = {}
+    last: dict[str, Samples] = {}
     for number in range(parsed.rounds):
         for name in list(samplers)[:: 1 if number % 2 == 0 else -1]:
             samples, wall, cpu = draw(name, number)
             found[name].append((wall, cpu, sum(map(len, samples.response_ids))))
-            gaps[name] = max(gaps.get(name, 0.0), largest_gap(model, prompts, samples))
+            last[name] = samples
             print(name, *(f"{value:.1f}" for value in found[name][-1]), flush=True)
+    gaps = {name: largest_gap(model, prompts, samples) for name, samples in last.items()}
     print(f"\nvLLM, weights handed over, prompts read and one token each: {update:.1f} s\n")
     print("| sampler | response tokens | wall s | CPU s | tokens/s | tokens/CPU s | largest gap, nats |")
     print("|---|---|---|---|---|---|---|")

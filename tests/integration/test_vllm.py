@@ -97,6 +97,30 @@ def test_the_engine_follows_the_trainers_weights(
         assert gap(model, samples) > 0.5
 
 
+def test_every_family_is_served(
+    family: str, tiny_model: Callable[..., PreTrainedModel], make_sampler: Callable[..., VLLMSampler]
+) -> None:
+    # The smallest heads that vLLM's CPU kernels know. Mistral's and Gemma's windows are of four tokens.
+    heads = {} if family == "qwen2" else {"head_dim": 32}
+    model = tiny_model(family, hidden_size=128, **heads)
+    sampler = make_sampler()
+    for _ in range(2):
+        assert gap(model, draw(sampler, model)) < 1e-4
+        move(model)
+
+
+def test_no_state_of_the_weights_before_is_left(
+    model: PreTrainedModel, make_sampler: Callable[..., VLLMSampler]
+) -> None:
+    # Longer than a block of the prefix cache, which is 128 tokens on a CPU; without its reset the gap is above 5.
+    ids = torch.randint(3, 488, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = make_sampler(max_model_len=256)
+    for _ in range(2):
+        samples = draw(sampler, model, prompts=[ids] * 4)
+        assert gap(model, samples, [ids] * 4) < 1e-4
+        move(model)
+
+
 def test_greedy_responses_are_those_of_the_transformers_sampler(
     model: PreTrainedModel, make_sampler: Callable[..., VLLMSampler]
 ) -> None:
