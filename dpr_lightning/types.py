@@ -145,7 +145,8 @@ class DPRBatch(TokenBatch):
     teacher_logp_BT: Tensor
     """[B, T] float32, log pi_SFT, for the KL terms and metrics."""
     advantage_BT: Tensor
-    """[B, T] float32, normalised over the whole rollout batch and all ranks; 0 outside the response."""
+    """[B, T] float32, normalised over the whole rollout batch and all ranks, then times the importance weight where
+    ``model.importance_cap`` asks for one; 0 outside the response."""
     num_tokens: int
     """Response tokens in the whole optimizer step: every micro-batch of every rank."""
     num_sequences: int

@@ -27,6 +27,7 @@ from dpr_lightning.data.prompts import (
 from dpr_lightning.data.templates import PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.errors import UserError
+from dpr_lightning.rollout.sampler import BoundedSampler
 from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.types import (
     Experience,
@@ -134,6 +135,7 @@ class RolloutDataModule(LightningDataModule):
             self.metric_prompts = load_evaluation_prompts(
                 self.evaluation_prompts, template=self.template, tokenizer=self.module.tokenizer
             )
+        self._check_lengths(stage)
         if stage == "fit":
             self._check_num_prompts()
             # One rollout per epoch: the loader is asked for again at the start of each.
@@ -344,6 +346,17 @@ class RolloutDataModule(LightningDataModule):
                 f"{num_responses} responses are no multiple of data.global_batch_size {self.global_batch_size}, or the "
                 f"prompts none of {world_size} ranks; change one so that they divide"
             )
+
+    def _check_lengths(self, stage: str) -> None:
+        """Let a sampler that cannot hold every sequence refuse before weights are loaded."""
+        sampler = self.module.sampler
+        if not isinstance(sampler, BoundedSampler):
+            return
+        for split, prompts in self.prompts.items():
+            if split != "train":
+                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.module.decoding.max_new_tokens)
+            elif stage == "fit":
+                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.sampling.max_new_tokens)
 
     def _check_num_prompts(self) -> None:
         num_prompts = len(self.prompts["train"])

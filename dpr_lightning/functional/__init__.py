@@ -9,6 +9,7 @@ from dpr_lightning.functional.advantages import (
     normalize,
 )
 from dpr_lightning.functional.gae import explained_variance, generalized_advantages, lambda_returns
+from dpr_lightning.functional.importance import ImportanceWeights, truncated_importance
 from dpr_lightning.functional.kl import k1, k2, k3
 from dpr_lightning.functional.logprobs import (
     LMHead,
@@ -67,6 +68,7 @@ __all__ = [
     "ExpectedReturns",
     "GSILLoss",
     "HingeGSILLoss",
+    "ImportanceWeights",
     "KLIEPGSILLoss",
     "LMHead",
     "LSIFGSILLoss",
@@ -101,5 +103,6 @@ __all__ = [
     "sft_loss",
     "state_expectations",
     "token_logprobs",
+    "truncated_importance",
     "value_loss",
 ]

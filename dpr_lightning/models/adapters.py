@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.models.parallel import whole
 
 ACTOR = "actor"
 """Name of the adapter that is trained."""
@@ -201,6 +202,11 @@ def adapter_names(model: PreTrainedModel, name: str) -> set[str]:
     return {key for key, parameter in model.named_parameters() if id(parameter) in own}
 
 
+def lora_rank(model: PreTrainedModel, name: str) -> int:
+    """Return the inner dimension of one adapter's updates."""
+    return _config(model, name).r
+
+
 def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
     """Write one adapter in peft's format, which transformers and peft load by themselves.
 
@@ -244,33 +250,38 @@ def save_plain(model: PreTrainedModel, state: Mapping[str, Tensor], directory: P
     plain.save_pretrained(directory, state_dict=dict(state))
 
 
-@torch.no_grad()
 def merged_state(model: PreTrainedModel, name: str, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the weights of the plain model that equals the base with one adapter, in the base's types.
+    """Return what :func:`plain_weights` yields."""
+    return dict(plain_weights(model, name, state))
+
+
+@torch.no_grad()
+def plain_weights(
+    model: PreTrainedModel, name: str | None, state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and weight of the plain model that equals ``model``, one at a time: no second copy is ever held.
 
     Tied weights stay tied: an adapted layer that shares its weight with another is refused when it is made.
 
     Args:
-        model: The base and its adapters.
-        name: Which adapter.
-        state: The model's weights by name, whole, where the model's own are sharded.
+        model: With adapters or without.
+        name: The adapter that is added to the base's weights, in the base's types; None yields the base's own.
+        state: The model's weights by name, whole; None takes the model's own, and gathers those that are sharded, so
+            that every rank must go through all of them.
     """
     state = model.state_dict() if state is None else state
     layers: dict[str, Any] = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     in_4_bits = {f"{path}.weight": module for path, module in model.named_modules() if is_in_4_bits(module)}
-    merged: dict[str, Tensor] = {}
     for key, value in state.items():
         weight, is_of_weight, _ = key.partition(".weight.")
         if ".lora_" in key or (is_of_weight and f"{weight}.weight" in in_4_bits):
             continue  # an adapter's, or what a weight in 4 bits is scaled by
-        if key in in_4_bits:
-            value = dequantized(in_4_bits[key])
+        value = dequantized(in_4_bits[key]) if key in in_4_bits else whole(value)
         path = key.removesuffix(".base_layer.weight")
-        if path != key and name in layers[path].lora_A:
-            up, down = (state[f"{path}.lora_{letter}.{name}.weight"].float() for letter in "BA")
+        if path != key and name is not None and name in layers[path].lora_A:
+            up, down = (whole(state[f"{path}.lora_{letter}.{name}.weight"]).float() for letter in "BA")
             value = (value.float() + layers[path].scaling[name] * (up @ down)).to(value.dtype)
-        merged[key.replace(".base_layer.", ".")] = value
-    return merged
+        yield key.replace(".base_layer.", "."), value
 
 
 def is_in_4_bits(module: torch.nn.Module) -> bool:

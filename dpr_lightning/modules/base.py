@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -330,7 +331,10 @@ class CausalLMModule(LightningModule):
         """Draw one response per prompt from the current weights, in the Trainer's precision."""
         eos_token_id = self.tokenizer.eos_token_id
         assert isinstance(eos_token_id, int)
-        with self.trainer.precision_plugin.forward_context(), gathered(self.actor):
+        # A sampler with weights of its own takes them over one by one.
+        has_own_weights = getattr(self.sampler, "has_own_weights", False)
+        weights = nullcontext() if has_own_weights else gathered(self.actor)
+        with self.trainer.precision_plugin.forward_context(), weights:
             return self.sampler.sample(
                 self.actor.model, prompts, config=config, eos_token_id=eos_token_id, seed=seed, **kwargs
             )

@@ -13,6 +13,7 @@ from typing_extensions import override
 from dpr_lightning.data.batching import MicroBatchPlan
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.advantages import AdvantageEstimator, WhitenedAdvantage
+from dpr_lightning.functional.importance import truncated_importance
 from dpr_lightning.functional.kl import k1
 from dpr_lightning.functional.losses import ClippedPolicyLoss, PolicyLoss
 from dpr_lightning.functional.returns import DiscountedReturns, ReturnEstimator
@@ -42,6 +43,8 @@ class DPRModule(OnPolicyModule):
         advantage: Baseline and scale; None whitens over all response tokens of the rollout batch.
         loss: Policy loss; None is the clipped ratio.
         kl_in_reward: beta of the k1 penalty towards the teacher inside the reward.
+        importance_cap: C of the weights min(pi_old / pi_sampler, C) on each token's policy loss, which correct for a
+            sampler whose probabilities are not the trainer's; None leaves them out. 2 is usual.
         kwargs: See ``OnPolicyModule``.
     """
 
@@ -57,6 +60,7 @@ class DPRModule(OnPolicyModule):
         advantage: AdvantageEstimator | None = None,
         loss: PolicyLoss | None = None,
         kl_in_reward: float = 1e-5,
+        importance_cap: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
@@ -64,6 +68,8 @@ class DPRModule(OnPolicyModule):
             raise UserError(f"model.alpha: found {alpha}; give a share of the SFT run between 0 and 1, both excluded")
         if not kl_in_reward >= 0.0:
             raise UserError(f"model.kl_in_reward: found {kl_in_reward}; give 0 or more")
+        if importance_cap is not None and not importance_cap >= 1.0:
+            raise UserError(f"model.importance_cap: found {importance_cap}; give 1 or more, or leave it out")
         self.reference = reference
         self.alpha = alpha
         self.reward: Reward = reward if reward is not None else DenseReward()
@@ -71,6 +77,7 @@ class DPRModule(OnPolicyModule):
         self.advantage: AdvantageEstimator = advantage if advantage is not None else WhitenedAdvantage()
         self.loss: PolicyLoss = loss if loss is not None else ClippedPolicyLoss()
         self.kl_in_reward = kl_in_reward
+        self.importance_cap = importance_cap
         self._pair: FrozenPair | None = None
         self.evaluation_metrics["reward_sum"] = MeanMetric()
 
@@ -152,6 +159,7 @@ class DPRModule(OnPolicyModule):
         if isinstance(self.reward, ClippedReward) and self.reward.is_clipped:
             num_hit, num_values = self.reduce_sum(self.reward.clip_counts(scores)).tolist()
             stats["reward/clip_share"] = num_hit / num_values
+        stats |= self._importance_stats(rollouts, scores)
         stats |= {"return/baseline": float(advantages.mean), "return/std": float(advantages.std)}
         return Experience(
             rollouts=rollouts,
@@ -175,16 +183,39 @@ class DPRModule(OnPolicyModule):
         rows_B = torch.tensor(plan.rows)
         tokens = trim(experience.rollouts, rows_B)
         width = tokens.input_ids_BT.shape[1]
+        old_logp_BT = experience.scores.old_logp_BT[rows_B, :width]
+        advantage_BT = experience.advantage_BT[rows_B, :width]
+        if self.importance_cap is not None:
+            # Every policy loss is linear in the advantage under a positive factor, so the weight may stand here.
+            advantage_BT = (
+                advantage_BT
+                * truncated_importance(
+                    old_logp_BT,
+                    experience.rollouts.sampler_logp_BT[rows_B, :width],
+                    tokens.response_mask_BT,
+                    cap=self.importance_cap,
+                ).weight_BT
+            )
         return DPRBatch(
             input_ids_BT=tokens.input_ids_BT,
             attention_mask_BT=tokens.attention_mask_BT,
             response_mask_BT=tokens.response_mask_BT,
-            old_logp_BT=experience.scores.old_logp_BT[rows_B, :width],
+            old_logp_BT=old_logp_BT,
             teacher_logp_BT=experience.scores.teacher_logp_BT[rows_B, :width],
-            advantage_BT=experience.advantage_BT[rows_B, :width],
+            advantage_BT=advantage_BT,
             num_tokens=plan.num_tokens,
             num_sequences=plan.num_sequences,
         )
+
+    def _importance_stats(self, rollouts: RolloutBatch, scores: TokenScores) -> dict[str, float]:
+        """Return the mean importance weight over all ranks' response tokens, and the share of capped ones."""
+        if self.importance_cap is None:
+            return {}
+        mask_BT = rollouts.response_mask_BT
+        found = truncated_importance(scores.old_logp_BT, rollouts.sampler_logp_BT, mask_BT, cap=self.importance_cap)
+        sums = [values_BT.double().sum() for values_BT in (found.weight_BT, found.is_capped_BT, mask_BT)]
+        weight, num_capped, num_tokens = self.reduce_sum(torch.stack(sums)).tolist()
+        return {"rollout/importance_mean": weight / num_tokens, "rollout/importance_capped": num_capped / num_tokens}
 
     def _expectation_limits(self) -> tuple[float, float] | None:
         if not self.returns.needs_expected_reward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -45,5 +45,22 @@ class Sampler(Protocol):
             eos_token_id: The id that ends a response.
             seed: The same seed, weights, prompts and batch size give the same responses.
             on_progress: Called with the number of responses finished since the last call.
+        """
+        ...
+
+
+@runtime_checkable
+class BoundedSampler(Sampler, Protocol):
+    """A sampler whose sequences have a longest length of their own."""
+
+    def check_length(self, longest_prompt: int, max_new_tokens: int) -> None:
+        """Refuse prompts whose responses might not fit; called before any weights are loaded.
+
+        Args:
+            longest_prompt: Tokens of the longest prompt.
+            max_new_tokens: The length limit of responses.
+
+        Raises:
+            UserError: They do not fit.
         """
         ...

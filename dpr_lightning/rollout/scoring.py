@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpr_lightning.functional.collate import collate
+from dpr_lightning.functional.kl import k3
 from dpr_lightning.functional.logprobs import state_expectations, token_logprobs
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
@@ -203,7 +204,7 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 def describe_samples(
     rollouts: RolloutBatch, *, old_logp_BT: Tensor, teacher_logp_BT: Tensor, old_entropy_BT: Tensor
 ) -> Tensor:
-    """Return [B, K] float64 sums of each response, in the order of ``SAMPLE_SUMS``: small enough to gather.
+    """Return [B, K] float64 sums of each response (and a maximum), in the order of ``SAMPLE_SUMS``: small to gather.
 
     Args:
         rollouts: The samples.
@@ -212,16 +213,20 @@ def describe_samples(
         old_entropy_BT: [B, T] entropy of the policy that sampled, in nats.
     """
     mask_BT = rollouts.response_mask_BT
+    gap_BT = torch.where(mask_BT, (old_logp_BT - rollouts.sampler_logp_BT).abs(), 0.0)
     tokens = {
         "length": mask_BT.double(),
         "truncated": (rollouts.is_truncated_B[:, None] & _is_first(mask_BT)).double(),
         "old_logp": old_logp_BT.double(),
         "teacher_logp": teacher_logp_BT.double(),
         "entropy": old_entropy_BT.double(),
-        "sampler_gap": torch.where(mask_BT, (old_logp_BT - rollouts.sampler_logp_BT).abs(), 0.0).double(),
+        "sampler_gap": gap_BT.double(),
+        "sampler_kl": torch.where(mask_BT, k3(rollouts.sampler_logp_BT.double(), old_logp_BT.double()), 0.0),
     }
-    assert tuple(tokens) == SAMPLE_SUMS
-    return torch.stack([values_BT.sum(dim=1) for values_BT in tokens.values()], dim=1)
+    columns = {name: values_BT.sum(dim=1) for name, values_BT in tokens.items()}
+    columns["sampler_gap_max"] = gap_BT.double().amax(dim=1)
+    assert tuple(columns) == SAMPLE_SUMS
+    return torch.stack(list(columns.values()), dim=1)
 
 
 def describe_rollouts(rollouts: RolloutBatch, scores: TokenScores, reward_BT: Tensor, return_BT: Tensor) -> Tensor:
@@ -248,7 +253,10 @@ def _is_first(mask_BT: Tensor) -> Tensor:
     return mask_BT & (mask_BT.cumsum(dim=1) == 1)
 
 
-SAMPLE_SUMS = ("length", "truncated", "old_logp", "teacher_logp", "entropy", "sampler_gap")
+SAMPLE_SUMS = (
+    *("length", "truncated", "old_logp", "teacher_logp", "entropy"),
+    *("sampler_gap", "sampler_kl", "sampler_gap_max"),
+)
 RESPONSE_SUMS = (*SAMPLE_SUMS, "reward", "reward_squared", "return", "return_first", "reference_logp")
 
 
@@ -256,7 +264,9 @@ def sample_stats(sums_BK: Tensor) -> dict[str, float]:
     """Turn the gathered sums of all ranks' samples into figures by log key.
 
     ``policy/teacher_kl`` is nats per response, estimated by log pi_old - log pi_SFT on the samples; ``logp/*`` and the
-    entropy are per token.
+    entropy are per token. ``rollout/sampler_*`` compare the sampler's log-probabilities of its tokens with the
+    trainer's: the mean and the largest distance in nats, and the mean of k3 as an estimate of KL(sampler || trainer)
+    per token.
 
     Args:
         sums_BK: Columns as in ``SAMPLE_SUMS``; further ones are left alone.
@@ -275,6 +285,8 @@ def sample_stats(sums_BK: Tensor) -> dict[str, float]:
         "rollout/num_responses": float(len(sums_BK)),
         "rollout/num_tokens": float(num_tokens),
         "rollout/sampler_gap": token_mean["sampler_gap"],
+        "rollout/sampler_gap_max": float(column["sampler_gap_max"].max()),
+        "rollout/sampler_kl": token_mean["sampler_kl"],
     }
 
 

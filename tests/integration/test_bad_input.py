@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -200,6 +203,7 @@ DPR = [
     (["--model.loss.clip_low=2"], "model.loss: need 0 < clip_low < 1"),
     (["--model.loss.clip_lw=0.1"], "did you mean 'model.loss.clip_low'?"),
     (["--model.loss=dpr_lightning.functional.losses.ClipedPolicyLoss"], "losses.ClippedPolicyLoss'?"),
+    (["--model.importance_cap=0.5"], "model.importance_cap: found 0.5; give 1 or more"),
     (["--model.kl_in_reward=-1"], "model.kl_in_reward: found -1"),
     (["--model.advantage.leave_one_out=true"], "data.samples_per_prompt: found 1"),
     (["--model.score_micro_batch_size=0"], "model.score_micro_batch_size: found 0"),
@@ -217,6 +221,21 @@ DPR = [
 @pytest.mark.parametrize(("args", "message"), DPR, ids=lambda value: str(value)[:60])
 def test_dpr_refuses(dpr: Refuse, args: list[str], message: str) -> None:
     assert message in dpr(*args)
+
+
+def test_rollouts_by_vllm(dpr: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = "--model.sampler=dpr_lightning.rollout.vllm_sampler.VLLMSampler"
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "model.sampler: VLLMSampler needs vllm, which is not installed here; install dpr-l" in dpr(sampler)
+    # A module that only says that it is there: none of these refusals needs it.
+    found = ModuleType("vllm")
+    found.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", found)
+    message = dpr(sampler, "--model.sampler.max_model_len=1030")
+    assert "model.sampler.max_model_len: found 1030, but the longest prompt has " in message
+    assert "max_model_len: found 0; give" in dpr(sampler, "--model.sampler.max_model_len=0")
+    assert "'seed' is set by VLLMSampler itself" in dpr(sampler, "--model.sampler.engine={seed: 3}")
+    assert "model.sampler.max_modl_len: there is no such key" in dpr(sampler, "--model.sampler.max_modl_len=9")
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])

@@ -100,6 +100,8 @@ def test_listing_is_complete() -> None:
     assert rest - experiments - benchmarks == {
         "base.yaml",
         "lora.yaml",
+        "qlora.yaml",
+        "rollout/vllm.yaml",
         "demo/rollouts.yaml",
         *(f"demo/{overlay}.yaml" for overlay in DEMO),
     }
@@ -133,6 +135,17 @@ def test_demo_overlays_parse_over_their_recipe(parse: Any, stage: str) -> None:
     config = parse("fit", files, *teacher(recipe))
     changed = yaml.safe_load(files[-1].read_text())["model"]["init_args"]["optimizer"]["init_args"]["lr"]
     assert config.model.init_args.optimizer.init_args.lr == changed
+
+
+@pytest.mark.parametrize("recipe", ["dpr", "spin", "gsil", "ppo"])
+def test_rollouts_by_vllm_parse_over_every_recipe_that_samples(parse: Any, recipe: str) -> None:
+    files = [CONFIGS / f"{part}.yaml" for part in (f"recipe/{recipe}", "backbone/tiny", "rollout/vllm", "hardware/cpu")]
+    config = parse("fit", files, *teacher(recipe), "--model.sampler.lora=request")
+    settings = config.model.init_args.sampler.init_args
+    assert (settings.max_model_len, settings.lora) == (2048, "request")
+    # It serves the recipe's longest sequences.
+    data = config.data.init_args
+    assert data.sampling.max_new_tokens + 1024 <= settings.max_model_len
 
 
 def test_dpr_without_teacher_is_refused(parse: Any) -> None:

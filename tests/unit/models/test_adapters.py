@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpr_lightning.errors import UserError
@@ -22,6 +26,7 @@ from dpr_lightning.models.adapters import (
     find_source,
     load_adapter,
     merged_state,
+    plain_weights,
     save_adapter,
     save_plain,
     train_only,
@@ -275,3 +280,48 @@ def test_mistakes_are_named(base_dir: Path, adapter_dirs: list[Path], tmp_path: 
     (adapter_dirs[0] / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         find_source(str(adapter_dirs[0]))
+
+
+def test_weights_come_one_at_a_time_plain_or_merged(tiny_model: Any) -> None:
+    plain = tiny_model("llama", tie_word_embeddings=False)
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    add_adapter(plain, ACTOR, LoRASettings(rank=2))
+    move(plain, ACTOR, 3)
+    assert all(torch.equal(value, weights[name]) for name, value in plain_weights(plain, None))
+    assert {name for name, _ in plain_weights(plain, None)} == weights.keys()
+    merged = merged_state(plain, ACTOR)
+    moved = {name for name, value in merged.items() if not torch.equal(value, weights[name])}
+    assert moved == {name for name in weights if "proj" in name}
+    found = plain_weights(plain, ACTOR)
+    # Nothing is merged before it is asked for.
+    first, _ = next(found)
+    plain.get_submodule("model.layers.1.mlp.down_proj").base_layer.weight.data.zero_()
+    later = dict(found)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert first != name
+    torch.testing.assert_close(later[name], merged[name] - weights[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [None, ACTOR])
+def test_sharded_weights_are_gathered(name: str | None, mesh: DeviceMesh, tiny_model: Any) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    add_adapter(model, ACTOR, LoRASettings(rank=2))
+    move(model, ACTOR, 3)
+    expected = dict(plain_weights(model, name))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert any(isinstance(value, DTensor) for value in model.state_dict().values())
+    found = dict(plain_weights(model, name))
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert not isinstance(value, DTensor)
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)

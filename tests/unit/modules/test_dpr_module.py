@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from dpr_lightning.data.batching import MicroBatchPlan
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.errors import UserError
+from dpr_lightning.functional.losses import ClippedPolicyLoss, ReinforceLoss
 from dpr_lightning.functional.returns import ExpectedReturns
 from dpr_lightning.functional.rewards import DenseReward
 from dpr_lightning.models.backbone import BackboneConfig, load_model
 from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.rollout.sampler import Samples
+from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import Experience, SamplingConfig
 
 
@@ -171,6 +176,47 @@ def test_prompts_come_once_before_any_comes_again(
         assert torch.equal(index_B[0::2], index_B[1::2])
     rows = keep.experiences[0].rollouts
     assert any(not torch.equal(rows.input_ids_BT[i], rows.input_ids_BT[i + 1]) for i in range(0, 16, 2))
+
+
+class OtherSampler(TransformersSampler):
+    """Says of every second token of a response that it was less likely than the trainer finds, or more."""
+
+    shifts = (1.5, 0.0, -0.25, 0.0)
+
+    def sample(self, *args: Any, **settings: Any) -> Samples:
+        samples = super().sample(*args, **settings)
+        logp = [[value - self.shifts[t % 4] for t, value in enumerate(row)] for row in samples.logp]
+        return dataclasses.replace(samples, logp=logp)
+
+
+@pytest.mark.parametrize("loss", [ClippedPolicyLoss(), ReinforceLoss()], ids=lambda loss: type(loss).__name__)
+def test_importance_weights_stand_on_the_advantages(
+    loss: Any, dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    module, data = dpr(model={"importance_cap": 2.0, "sampler": OtherSampler(), "loss": loss})
+    keep = Keep()
+    make_trainer(callbacks=[keep]).fit(module, data)
+    (experience,) = keep.experiences
+    plan = MicroBatchPlan(rows=list(range(16)), num_tokens=1, num_sequences=1)
+    batch = module.make_batch(experience, plan)
+    mask_BT = experience.rollouts.response_mask_BT
+    place_BT = mask_BT.cumsum(dim=1) - 1
+    # e^1.5 is above the cap.
+    weight_4 = torch.tensor([2.0, 1.0, math.exp(-0.25), 1.0])
+    expected_BT = torch.where(mask_BT, weight_4[place_BT % 4] * experience.advantage_BT, 0.0)
+    torch.testing.assert_close(batch.advantage_BT, expected_BT, rtol=1e-3, atol=1e-5)
+    weight_N = weight_4[place_BT % 4][mask_BT]
+    stats = experience.stats
+    assert stats["rollout/importance_mean"] == pytest.approx(float(weight_N.mean()), abs=1e-3)
+    assert stats["rollout/importance_capped"] == pytest.approx(float((weight_N == 2.0).float().mean()))
+    assert stats["rollout/sampler_gap_max"] == pytest.approx(1.5, abs=1e-4)
+    # Without a cap nothing is weighted, and nothing is logged of weights.
+    module.importance_cap = None
+    assert torch.equal(module.make_batch(experience, plan).advantage_BT, experience.advantage_BT)
+    plain, plain_data = dpr(model={"loss": loss})
+    unweighted = Keep()
+    make_trainer(callbacks=[unweighted]).fit(plain, plain_data)
+    assert not [name for name in unweighted.experiences[0].stats if "importance" in name]
 
 
 class FixedSampler:

@@ -241,10 +241,13 @@ def test_rollout_stats_worked_by_hand() -> None:
         "rollout/num_tokens": 5.0,
         # |-2.5 + 2| + |-1.25 + 1| = 0.75
         "rollout/sampler_gap": 0.15,
+        "rollout/sampler_gap_max": 0.5,
+        # log pi - log q is -0.5 and -0.25: (e^-0.5 - 0.5 + e^-0.25 - 0.75) / 5
+        "rollout/sampler_kl": 0.02706628854,
     }
     assert stats.keys() == expected.keys()
     for name, value in expected.items():
-        assert stats[name] == pytest.approx(value, abs=1e-12), name
+        assert stats[name] == pytest.approx(value, abs=1e-9), name
 
 
 def test_a_constant_length_has_no_correlation() -> None:
