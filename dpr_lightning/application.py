@@ -210,11 +210,11 @@ def _failed_at_once(record: Path) -> bool:
     return found.get("status") == "failed" and found.get("optimizer_steps") == 0
 
 
-def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
-    """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand."""
+def command_line(args: ArgsType = None, *, run: bool = True, kind: type[CommandLine] | None = None) -> CommandLine:
+    """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand; ``kind`` does it otherwise."""
     quieten()
     command = shlex.join(["dpr-lightning", *(args if isinstance(args, list) else sys.argv[1:])])
-    return CommandLine(
+    return (kind or CommandLine)(
         CausalLMModule,
         LightningDataModule,
         trainer_class=Trainer,
