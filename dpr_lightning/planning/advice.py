@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from dpr_lightning.models.adapters import LoRASettings
+from dpr_lightning.planning.depth import Stages
 from dpr_lightning.planning.devices import Device
 from dpr_lightning.planning.phases import Planner
 from dpr_lightning.planning.settings import Parallel, PlannedRun
@@ -24,15 +26,13 @@ class Advice:
     fits: bool
 
 
-def advise(run: PlannedRun, sizes: Sizes, device: Device, planner: Planner) -> list[Advice]:
-    """Return changes that were simulated, in the order of what they cost, up to the first that is enough alone.
+def advise(planner: Planner) -> list[Advice]:
+    """Return changes that were simulated, each alone unless said otherwise.
 
     Args:
-        run: A run that does not fit.
-        sizes: Its data.
-        device: One of its devices.
-        planner: What was simulated of it.
+        planner: Of a run that does not fit.
     """
+    run, sizes, device = planner.run, planner.sizes, planner.device
     changes: list[tuple[str, PlannedRun]] = []
     backbone = run.policies.backbone
     if not backbone.gradient_checkpointing:
@@ -42,9 +42,9 @@ def advise(run: PlannedRun, sizes: Sizes, device: Device, planner: Planner) -> l
         if not backbone.gradient_checkpointing:
             changes.append(("both of these", with_checkpointing(with_lora(run))))
     found = [_try(change, changed, sizes, device) for change, changed in changes]
-    found += _smaller(planner, device)
-    if run.is_cuda and run.parallel.strategy != "sharded" and not any(advice.fits for advice in found[:1]):
-        found += _shards(run, sizes, device)
+    found += _smaller(planner)
+    if run.is_cuda:
+        found += _shards(planner)
     return found
 
 
@@ -65,13 +65,13 @@ def _with_backbone(run: PlannedRun, **changes: object) -> PlannedRun:
     return dataclasses.replace(run, policies=dataclasses.replace(run.policies, backbone=backbone))
 
 
-def _try(change: str, run: PlannedRun, sizes: Sizes, device: Device) -> Advice:
-    planner = Planner(run, sizes, device)
+def _try(change: str, run: PlannedRun, sizes: Sizes, device: Device, memo: dict[Any, Stages] | None = None) -> Advice:
+    planner = Planner(run, sizes, device, memo)
     peak = max(planner.plan(name).peak for name in planner.phases)
     return Advice(change=change, peak=peak, fits=peak <= device.usable)
 
 
-def _smaller(planner: Planner, device: Device) -> list[Advice]:
+def _smaller(planner: Planner) -> list[Advice]:
     """Return the peak with the fewest rows in each forward, where that is fewer than now."""
     if all(planner.rows(name) <= 1 for name in planner.phases):
         return []
@@ -79,22 +79,22 @@ def _smaller(planner: Planner, device: Device) -> list[Advice]:
     change = "data.micro_batch_size 1"
     if planner.run.is_on_policy:
         change += ", model.score_micro_batch_size 1 and data.sampling.batch_size 1"
-    return [Advice(change=change, peak=peak, fits=peak <= device.usable)]
+    return [Advice(change=change, peak=peak, fits=peak <= planner.device.usable)]
 
 
 def _fewest(planner: Planner, name: str) -> int:
     return 2 if name == "training" and hasattr(planner.run.data, "passes_per_rollout") else 1
 
 
-def _shards(run: PlannedRun, sizes: Sizes, device: Device) -> list[Advice]:
+def _shards(planner: Planner) -> list[Advice]:
     """Return the fewest devices over which the sharded run fits, or the most that were tried."""
+    run = planner.run
+    found = []
     for num_devices in (count for count in _SHARDS if count >= run.parallel.num_devices):
         parallel = Parallel(strategy="sharded", num_devices=num_devices, devices_per_node=min(num_devices, 8))
-        found = _try(f"sharded (FSDP) over {num_devices} devices", _parallel(run, parallel), sizes, device)
-        if found.fits:
+        sharded = dataclasses.replace(run, parallel=parallel)
+        change = f"sharded (FSDP) over {num_devices} devices"
+        found = [_try(change, sharded, planner.sizes, planner.device, planner.memo)]
+        if found[0].fits:
             break
-    return [found]
-
-
-def _parallel(run: PlannedRun, parallel: Parallel) -> PlannedRun:
-    return dataclasses.replace(run, parallel=parallel)
+    return found

@@ -37,7 +37,7 @@ def find_architecture(name_or_path: str, backbone: BackboneConfig) -> tuple[Any,
         return _of_text(config, backbone), "the local cache"
     except (OSError, ValueError, KeyError):
         pass
-    published = {found["name_or_path"]: found["config"] for found in map(_read, sorted(_PUBLISHED.glob("*.json")))}
+    published = published_architectures()
     refusal: UserError | None = None
     if _hub_answers():
         try:
@@ -63,9 +63,10 @@ def _of_text(config: Any, backbone: BackboneConfig) -> Any:
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def published_architectures() -> dict[str, dict[str, Any]]:
+    """Return the text model's configuration of each backbone under ``configs/backbone``, by hub name."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(_PUBLISHED.glob("*.json"))]
+    return {found["name_or_path"]: found["config"] for found in files}
 
 
 def _hub_answers() -> bool:

@@ -110,7 +110,7 @@ def plan(run: PlannedRun, parsed: argparse.Namespace, console: Console) -> bool:
     micro = _largest_micro_batch(planner, largest["training"])
     cost = find_cost(planner)
     fits = all(phase.peak <= device.usable for name, phase in found.items() if name != "sft")
-    advices = [] if fits else advise(run, sizes, device, planner)
+    advices = [] if fits else advise(planner)
     assumptions = [*_assumptions(run, device, parsed), *run.assumptions, *sizes.notes]
     _print(console, planner, found, largest, micro, cost, advices, assumptions)
     if parsed.out is not None:
@@ -177,7 +177,8 @@ def _print(
     table.add_row("peak", *(f"{phase.peak / _GIB:.2f}" for phase in found.values()))
     table.add_row("where", *(phase.stage.removeprefix("rollout: ") for phase in found.values()))
     table.add_row("sequences of a forward", *(str(phase.rows) for phase in found.values()))
-    table.add_row("most that fit", *(str(rows) for rows in largest.values()))
+    more = {name: rows == planner.searched_rows(name) < planner.most_rows(name) for name, rows in largest.items()}
+    table.add_row("most that fit", *(f"{rows} or more" if more[name] else str(rows) for name, rows in largest.items()))
     table.add_row("usable", *(f"{device.usable / _GIB:.2f}" for _ in found))
     console.print(table)
     if run.is_cuda and parallel.strategy != "sharded":

@@ -29,8 +29,10 @@ _STORED = 8 + 3 * 1 + 4 * 8
 """Bytes per token of an epoch's samples: ids, masks, and float32 scores, rewards, returns and advantages."""
 _DESCRIBED = 8 * 13
 """Bytes per token while their figures are taken, in float64."""
-_STRAIGHT_TRIES = 6
-"""Steps of the search before it halves instead."""
+_SECOND_ROWS = 4
+_MAX_TRIES = 10
+_MOST_TIMES = 16
+"""Of the configured rows: more are not looked for."""
 _PREFETCHED = 2
 """Blocks that are whole at one time when weights are sharded: the one that runs and the next."""
 
@@ -77,13 +79,16 @@ class Planner:
         run: What is to be run.
         sizes: Its data.
         device: One of its devices.
+        memo: What was simulated of the same run on another number of devices.
     """
 
-    def __init__(self, run: PlannedRun, sizes: Sizes, device: Device) -> None:
+    def __init__(
+        self, run: PlannedRun, sizes: Sizes, device: Device, memo: dict[Any, Stages] | None = None
+    ) -> None:
         self.run = run
         self.sizes = sizes
         self.device = device
-        self._memo: dict[Any, Stages] = {}
+        self.memo: dict[Any, Stages] = {} if memo is None else memo
         simulation = self._simulation(run.policies.config, "training")
         actor = simulation.module.actor.model
         self.are_alike = are_alike(actor, kinds_of_layers(run.policies.config))
@@ -194,22 +199,22 @@ class Planner:
 
     def stages(self, name: PhaseName, rows: int, prompt_tokens: int, response_tokens: int) -> Stages:
         """Return the stages of a phase at full depth, of a model that lies on one device as a whole."""
-        key = (name, rows, prompt_tokens, response_tokens)
-        if key not in self._memo:
+        accumulates = num_micro_batches(self.run, int(self.run.data.micro_batch_size)) > 1  # type: ignore[arg-type]
+        key = (name, rows, prompt_tokens, response_tokens, accumulates)
+        if key not in self.memo:
             shape = Shape(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
-            self._memo[key] = extrapolate(
+            self.memo[key] = extrapolate(
                 self.run.policies.config,
                 are_alike=self.are_alike,
-                run=lambda config: self._run(self._simulation(config, name), name, shape),
+                run=lambda config: self._run(self._simulation(config, name), name, shape, accumulates),
             )
-        return self._memo[key]
+        return self.memo[key]
 
-    def _run(self, simulation: Simulation, name: PhaseName, shape: Shape) -> Stages:
+    def _run(self, simulation: Simulation, name: PhaseName, shape: Shape, accumulates: bool) -> Stages:
         if name == "rollout":
             return simulation.roll_out(shape, self._sampling)
         if name == "scoring":
             return simulation.score(shape)
-        accumulates = num_micro_batches(self.run, int(self.run.data.micro_batch_size)) > 1  # type: ignore[arg-type]
         return simulation.train(shape, accumulates=accumulates, clips=self.run.clips)
 
     def _simulation(self, config: Any, name: PhaseName) -> Simulation:
@@ -226,30 +231,35 @@ class Planner:
         return Simulation(module, policies, self.device.seconds_of)
 
     def largest_rows(self, name: PhaseName) -> int:
-        """Return the most sequences of one forward that fit, 0 if not one does.
+        """Return the most sequences of one forward that fit, up to ``_MOST_TIMES`` the configured; 0 if not one does.
 
         Memory is close to affine in rows, so a straight line through two numbers of rows finds the place at once.
         """
         capacity = self.device.usable
         step = micro_rows(self.run, 1) if name == "training" else 1
-        low, high = step, self.most_rows(name)
-        at_low, at_high = self.plan(name, low).peak, self.plan(name, high).peak
+        low, at_low = step, self.plan(name, step).peak
         if at_low > capacity:
             return 0
-        if at_high <= capacity:
-            return high
-        num_tries = 0
-        while high - low > step:
-            share = (capacity - at_low) / (at_high - at_low) if num_tries < _STRAIGHT_TRIES else 0.5
-            rows = low + int(share * (high - low)) // step * step
-            rows = min(max(rows, low + step), high - step)
+        high = most = self.searched_rows(name)
+        second = min(most, _SECOND_ROWS * step)
+        slope = max((self.plan(name, second).peak - at_low) / max(second - low, 1), 1.0)
+        for _ in range(_MAX_TRIES):
+            if high <= low:
+                break
+            rows = low + int((capacity - at_low) / slope) // step * step
+            rows = min(max(rows, low + step), high)
             found = self.plan(name, rows).peak
+            slope = max((found - at_low) / (rows - low), 1.0)
             if found <= capacity:
                 low, at_low = rows, found
             else:
-                high, at_high = rows, found
-            num_tries += 1
+                high = rows - step
         return low
+
+    def searched_rows(self, name: PhaseName) -> int:
+        """Return the most sequences of one forward that are looked at."""
+        step = micro_rows(self.run, 1) if name == "training" else 1
+        return max(step, min(self.most_rows(name), _MOST_TIMES * self.rows(name)))
 
     def host_bytes(self) -> float:
         """Return the host's memory, on one node, while every process there has just loaded its models."""
