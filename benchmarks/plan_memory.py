@@ -216,18 +216,15 @@ def page(rows: list[dict[str, Any]], tokens: tuple[int, int], versions: dict[str
         "",
         f"`{' '.join(['python', *sys.argv])}`; prompts of up to {tokens[0]} tokens, responses of {tokens[1]}, "
         "micro-batches of 2, scoring of 4, sampling of 8; float32 where not said otherwise; one thread. MiB beyond the "
-        "process without a model. "
-        + ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "process without a model. " + ", ".join(f"{key} {value}" for key, value in versions.items()),
         "",
         "| model | weights | run | phase | planned | measured | planned / measured |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sizes = [f"{row[key] / 2**20:.0f}" for key in ("planned", "measured")]
-        lines.append(
-            f"| {row['model']} | {row['variant']} | {row['stage'].upper()} | {row['phase']} | {sizes[0]} | {sizes[1]} | "
-            f"{row['ratio']:.3f} |"
-        )
+        cells = [row["model"], row["variant"], row["stage"].upper(), row["phase"], *sizes, f"{row['ratio']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     worst = max(rows, key=lambda row: abs(row["ratio"] - 1.0))
     outside = sum(abs(row["ratio"] - 1.0) > 0.15 for row in rows)
     lines += ["", f"{outside} of {len(rows)} are further off than 15%; the furthest is {worst['ratio']:.3f}.", ""]

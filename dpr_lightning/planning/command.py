@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpr_lightning.errors import UserError
-from dpr_lightning.manifest import environment, now, atomic_write_json
+from dpr_lightning.manifest import atomic_write_json, environment, now
 from dpr_lightning.planning.advice import Advice, advise
 from dpr_lightning.planning.cost import Cost, find_cost
 from dpr_lightning.planning.devices import GPUS, Device, attached_gpu, this_cpu
@@ -141,7 +140,9 @@ def _assumptions(run: PlannedRun, device: Device, parsed: argparse.Namespace) ->
     if run.parallel.num_devices > 1:
         lines.append("communication between devices takes no time")
     if run.parallel.strategy == "sharded":
-        lines.append("sharded: weights, gradients and optimizer states evenly; two blocks and what is in none are whole")
+        lines.append(
+            "sharded: weights, gradients and optimizer states evenly; two blocks and what is in none are whole"
+        )
     return lines
 
 
@@ -182,7 +183,10 @@ def _print(
     table.add_row("usable", *(f"{device.usable / _GIB:.2f}" for _ in found))
     console.print(table)
     if run.is_cuda and parallel.strategy != "sharded":
-        say(f"host: {planner.host_bytes() / _GIB:.1f} GiB on each node while {parallel.devices_per_node} process(es) load")
+        say(
+            f"host: {planner.host_bytes() / _GIB:.1f} GiB on each node while its {parallel.devices_per_node} "
+            "process(es) load"
+        )
     say(f"largest data.micro_batch_size that fits and divides data.global_batch_size: {micro}")
     _print_cost(say, run, cost)
     for line in assumptions:
@@ -192,8 +196,8 @@ def _print(
         say(f"fits: {worst.peak / _GIB:.1f} of {device.usable / _GIB:.1f} GiB")
         return
     say(
-        f"does not fit: {_title(run, worst.name)} needs {worst.peak / _GIB:.1f} GiB of {device.usable / _GIB:.1f}, most "
-        f"of it {_most(worst)}; try:"
+        f"does not fit: {_title(run, worst.name)} needs {worst.peak / _GIB:.1f} GiB of {device.usable / _GIB:.1f}, "
+        f"most of it {_most(worst)}; try:"
     )
     for advice in advices:
         verdict = "fits" if advice.fits else "not enough"

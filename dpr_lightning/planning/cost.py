@@ -53,11 +53,7 @@ def find_cost(planner: Planner) -> Cost:
     rows = planner.rows("training")
     training = planner.stages("training", rows, prompt, response)
     once = ("gradient norms", "optimizer")
-    seconds = {
-        "training": sum(
-            stage.seconds * (1 if name in once else micro) for name, stage in training.items()
-        )
-    }
+    seconds = {"training": sum(stage.seconds * (1 if name in once else micro) for name, stage in training.items())}
     flops = sum(stage.flops for stage in training.values()) * micro * run.parallel.num_devices
     steps = _steps_per_epoch(planner)
     if run.is_on_policy and steps:
@@ -93,18 +89,20 @@ def _steps_per_epoch(planner: Planner) -> int | None:
     data: Any = planner.run.data
     if planner.run.is_on_policy:
         if hasattr(data, "passes_per_rollout"):
-            known = data.num_prompts_wanted or planner.sizes.num_rows
-            return None if known is None else math.ceil(known * data.passes_per_rollout / data.global_batch_size)
+            known: int | None = data.num_prompts_wanted or planner.sizes.num_rows
+            if known is None:
+                return None
+            return math.ceil(known * int(data.passes_per_rollout) / int(data.global_batch_size))
         return int(data.steps_per_epoch)
     if planner.sizes.num_rows is None:
         return None
-    steps = planner.sizes.num_rows / data.global_batch_size
+    steps = planner.sizes.num_rows / int(data.global_batch_size)
     return max(1, math.floor(steps) if data.drop_last else math.ceil(steps))
 
 
 def _num_steps(planner: Planner, steps_per_epoch: int) -> int | None:
     run = planner.run
-    limits = [run.max_steps] if run.max_steps is not None else []
+    limits: list[int] = [run.max_steps] if run.max_steps is not None else []
     if run.max_epochs is not None:
         limits.append(run.max_epochs * steps_per_epoch)
     return min(limits, default=None)

@@ -84,4 +84,3 @@ def _add(stage: Stage, bottom: Stage, above: Stage, times: int) -> None:
     for name in ("flops", "num_bytes", "num_kernels", "seconds"):
         step = getattr(above, name) - getattr(bottom, name)
         setattr(stage, name, getattr(stage, name) + times * step)
-

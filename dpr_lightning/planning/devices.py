@@ -53,7 +53,7 @@ def _gpu(name: str, memory: float, half_tflops: float, single_tflops: float, ban
         half_tflops=half_tflops,
         single_tflops=single_tflops,
         bandwidth=bandwidth,
-        # CUDA's context, cuBLAS' workspaces and NCCL's buffers; and blocks of the caching allocator left between others.
+        # CUDA's context, cuBLAS' workspaces, NCCL's buffers; and what the caching allocator leaves between blocks.
         reserve=1.0,
         fragmentation=0.05,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ import torch
 from torch import nn
 
 from dpr_lightning.modules.sft import SFTModule
+from dpr_lightning.planning.batches import Shape
 from dpr_lightning.planning.depth import Stages, are_alike, extrapolate, kinds_of_layers
 from dpr_lightning.planning.devices import Device
 from dpr_lightning.planning.settings import PlannedRun, micro_rows, num_micro_batches
-from dpr_lightning.planning.simulation import PRECISIONS, Shape, Simulation, find_layers
+from dpr_lightning.planning.simulation import PRECISIONS, Simulation, find_layers
 from dpr_lightning.planning.sizes import Sizes
 from dpr_lightning.planning.tracker import ACTIVATIONS, CACHE, COPIES, FROZEN, GRADIENTS, MOMENTS, WEIGHTS
 from dpr_lightning.types import SamplingConfig
@@ -82,9 +82,7 @@ class Planner:
         memo: What was simulated of the same run on another number of devices.
     """
 
-    def __init__(
-        self, run: PlannedRun, sizes: Sizes, device: Device, memo: dict[Any, Stages] | None = None
-    ) -> None:
+    def __init__(self, run: PlannedRun, sizes: Sizes, device: Device, memo: dict[Any, Stages] | None = None) -> None:
         self.run = run
         self.sizes = sizes
         self.device = device
@@ -112,12 +110,12 @@ class Planner:
     def rows(self, name: PhaseName) -> int:
         """Return the sequences of one forward of a phase, as they are configured."""
         run, data = self.run, self.run.data
-        micro = int(data.micro_batch_size)  # type: ignore[arg-type]
+        micro = int(data.micro_batch_size)
         if name == "rollout":
             return min(self._sampling.batch_size, self.most_rows(name))
         if name == "scoring":
-            wanted = run.module.score_micro_batch_size  # type: ignore[union-attr]
-            return min(2 * micro if wanted is None else int(wanted), self.most_rows(name))  # type: ignore[arg-type]
+            wanted: Any = run.module.score_micro_batch_size
+            return min(2 * micro if wanted is None else int(wanted), self.most_rows(name))
         return micro_rows(run, micro) if name == "training" else micro
 
     def most_rows(self, name: PhaseName) -> int:
@@ -125,7 +123,7 @@ class Planner:
         num_devices = self.run.parallel.num_devices
         if name in ("rollout", "scoring"):
             return max(1, self.num_samples // num_devices)
-        return max(1, micro_rows(self.run, int(self.run.data.global_batch_size) // num_devices))  # type: ignore[arg-type]
+        return max(1, micro_rows(self.run, int(self.run.data.global_batch_size) // num_devices))
 
     @property
     def num_samples(self) -> int:
@@ -136,7 +134,7 @@ class Planner:
 
     @property
     def _sampling(self) -> SamplingConfig:
-        sampling: SamplingConfig = self.run.data.sampling  # type: ignore[assignment]
+        sampling: SamplingConfig = self.run.data.sampling
         return sampling
 
     def plan(self, name: PhaseName, rows: int | None = None) -> Phase:
@@ -154,23 +152,27 @@ class Planner:
         parts = {part: float(peaks[stage][part]) for part in ORDER if peaks[stage].get(part)}
         return Phase(name=name, rows=rows, stage=stage, parts=parts)
 
+    def _after_step(self) -> dict[str, float]:
+        """Return what there is while an optimizer step ends."""
+        stages = self.stages("training", self.rows("training"), self.sizes.longest_prompt, self.sizes.longest_response)
+        return {**dict.fromkeys(ORDER, 0.0), **stages["gradient norms"].peak}
+
     def _held(self) -> dict[str, float]:
         """Return what training leaves on the device while the next epoch samples and scores."""
-        stages = self.stages("training", self.rows("training"), self.sizes.longest_prompt, self.sizes.longest_response)
-        peak = stages["gradient norms"].peak
-        return {kind: peak[kind] for kind in (GRADIENTS, MOMENTS)}
+        peak = self._after_step()
+        return {kind: peak[kind] for kind in ((GRADIENTS, MOMENTS) if self.run.keeps_gradients else (MOMENTS,))}
 
-    def _spread(self, stage: str, peak: dict[str, float], name: PhaseName) -> Counter[str]:
+    def _spread(self, stage: str, peak: dict[str, float], name: PhaseName) -> dict[str, float]:
         """Return what of a stage's peak lies on one device."""
         run, parallel = self.run, self.run.parallel
-        parts: Counter[str] = Counter(peak)
+        parts: dict[str, float] = {**dict.fromkeys(ORDER, 0.0), **peak}
         if name == "sft":
-            parts.pop(FROZEN, None)
+            parts[FROZEN] = 0.0
         if run.offloads_frozen and name != "sft":
             # One at a time comes to score.
             parts[FROZEN] = self.model.weights if name == "scoring" and self.model.num_own else 0.0
         if parallel.strategy == "ddp" and not parallel.has_bucket_views:
-            parts[BUCKETS] = parts[GRADIENTS] or self._held()[GRADIENTS]
+            parts[BUCKETS] = self._after_step()[GRADIENTS]
         if parallel.strategy == "sharded":
             self._shard(stage, parts, name)
         if run.is_on_policy and not run.is_cuda and name != "sft":
@@ -179,27 +181,27 @@ class Planner:
             parts[STORAGE] = per_token * width * self.num_samples / parallel.num_devices if name != "rollout" else 0.0
         return parts
 
-    def _shard(self, stage: str, parts: Counter[str], name: PhaseName) -> None:
+    def _shard(self, stage: str, parts: dict[str, float], name: PhaseName) -> None:
         num_devices = self.run.parallel.num_devices
         model = self.model
         for part in (WEIGHTS, FROZEN, GRADIENTS, MOMENTS):
-            parts[part] /= num_devices  # type: ignore[assignment]
+            parts[part] /= num_devices
         if name == "rollout":
-            parts[GATHERED] = model.weights  # type: ignore[assignment]
+            parts[GATHERED] = model.weights
             return
         if stage in ("optimizer", "gradient norms"):
-            parts[ACTIVATIONS] /= num_devices  # type: ignore[assignment]
+            parts[ACTIVATIONS] /= num_devices
             return
         share = (model.root + _PREFETCHED * model.block) / model.weights
-        parts[COPIES] = min(parts[COPIES], share * model.weights)  # type: ignore[assignment]
+        parts[COPIES] = min(parts[COPIES], share * model.weights)
         whole = model.root + _PREFETCHED * model.block
         # In the backward a block's gradients are whole too, until they are scattered.
         is_backward = stage.startswith("backward") and model.num_trained == model.num_parameters
-        parts[GATHERED] = whole * (2 if is_backward else 1)  # type: ignore[assignment]
+        parts[GATHERED] = whole * (2 if is_backward else 1)
 
     def stages(self, name: PhaseName, rows: int, prompt_tokens: int, response_tokens: int) -> Stages:
         """Return the stages of a phase at full depth, of a model that lies on one device as a whole."""
-        accumulates = num_micro_batches(self.run, int(self.run.data.micro_batch_size)) > 1  # type: ignore[arg-type]
+        accumulates = num_micro_batches(self.run, int(self.run.data.micro_batch_size)) > 1
         key = (name, rows, prompt_tokens, response_tokens, accumulates)
         if key not in self.memo:
             shape = Shape(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
@@ -272,4 +274,3 @@ class Planner:
 
 def _num_bytes(module: nn.Module) -> float:
     return float(sum(weight.numel() * weight.element_size() for weight in module.parameters()))
-

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
 from typing_extensions import override
 
 from dpr_lightning.application import CommandLine, command_line
@@ -61,11 +61,14 @@ class PlannedRun:
     """One run of ``fit``."""
 
     module: CausalLMModule
-    data: LightningDataModule
+    data: Any
+    """Its DataModule, of whichever kind."""
     policies: Policies
     parallel: Parallel
     is_cuda: bool
     clips: bool
+    keeps_gradients: bool
+    """Gradients live on while the next epoch samples: Lightning gives them up only where it looks at validation."""
     max_epochs: int | None
     """None for no limit."""
     max_steps: int | None
@@ -120,6 +123,7 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         parallel=_find_parallel(trainer),
         is_cuda=is_cuda,
         clips=bool(trainer.gradient_clip_val),
+        keeps_gradients=trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         start=source,
@@ -210,5 +214,4 @@ def micro_rows(run: PlannedRun, micro_batch_size: int) -> int:
 
 def num_micro_batches(run: PlannedRun, micro_batch_size: int) -> int:
     """Return how many micro-batches one device accumulates for an optimizer step."""
-    return math.ceil(int(run.data.global_batch_size) / (micro_batch_size * run.parallel.num_devices))  # type: ignore[arg-type]
-
+    return math.ceil(int(run.data.global_batch_size) / (micro_batch_size * run.parallel.num_devices))

@@ -27,11 +27,11 @@ from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.modules.pairs import PairModule
 from dpr_lightning.modules.ppo import PPOModule
-from dpr_lightning.modules.sft import SFTModule
+from dpr_lightning.planning.batches import Shape, rollouts, training_batch
 from dpr_lightning.planning.tracker import CACHE, FROZEN, GRADIENTS, MOMENTS, WEIGHTS, Stage, Tracker
 from dpr_lightning.rollout.scoring import token_values
 from dpr_lightning.rollout.transformers_sampler import draw
-from dpr_lightning.types import DPRBatch, PairBatch, PPOBatch, RolloutBatch, SamplingConfig, SFTBatch, TokenBatch
+from dpr_lightning.types import SamplingConfig
 
 Kind = Literal["model", "adapter", "base"]
 
@@ -63,18 +63,7 @@ class Policies:
     """The optimizer works on all weights at once, which it does by default on a GPU."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The rectangle of one micro-batch, the longest that limits allow unless said otherwise."""
-
-    rows: int
-    prompt_tokens: int
-    response_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the rectangle."""
-        return self.rows * (self.prompt_tokens + self.response_tokens)
+_BETWEEN = "not of the program"
 
 
 class Simulation:
@@ -93,6 +82,7 @@ class Simulation:
         self.policies = policies
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(self.fake, seconds_of)
+        self._place = ""
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         weight_type, self.autocast_type = PRECISIONS[policies.precision]
         policy = self._policy().train()
@@ -204,7 +194,7 @@ class Simulation:
         parameters = self._trained_parameters()
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self.tracker.tag([parameter.grad], GRADIENTS)  # type: ignore[list-item]
+                lambda parameter: self.tracker.tag([parameter.grad], GRADIENTS)
             )
             for parameter in parameters
         ]
@@ -217,7 +207,7 @@ class Simulation:
         tracker = self.tracker
         tracker.stages.clear()
         with tracker:
-            batch = self._batch(shape)
+            batch = training_batch(self.module, shape)
             # The step before left these.
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
@@ -232,6 +222,7 @@ class Simulation:
             if not accumulates:
                 optimizer.zero_grad()
             tracker.begin("backward of the output layer")
+            assert isinstance(loss, Tensor)
             loss.backward()
             del loss, batch
             tracker.begin("gradient norms")
@@ -269,24 +260,6 @@ class Simulation:
 
         return at_forward
 
-    def _batch(self, shape: Shape) -> Any:
-        """Return a micro-batch of the module's kind; a few rows are a token shorter, so that padding is there."""
-        tokens = _tokens(shape)
-        common = {name: getattr(tokens, name) for name in ("input_ids_BT", "attention_mask_BT", "response_mask_BT")}
-        num_tokens, zeros_BT = int(tokens.response_mask_BT.sum()), torch.zeros(tokens.input_ids_BT.shape)
-        module = self.module
-        if isinstance(module, SFTModule):
-            return SFTBatch(**common, num_tokens=num_tokens)
-        if isinstance(module, PairModule):
-            old_logp_B = torch.zeros(len(zeros_BT), dtype=torch.float64)
-            return PairBatch(**common, old_logp_B=old_logp_B, iteration=0, num_pairs=len(zeros_BT) // 2)
-        scores = {
-            name: zeros_BT.clone() for name in ("old_logp_BT", "teacher_logp_BT", "advantage_BT")
-        } | {"num_tokens": num_tokens, "num_sequences": len(zeros_BT)}
-        if isinstance(module, PPOModule):
-            return PPOBatch(**common, **scores, old_value_BT=zeros_BT.clone(), return_BT=zeros_BT.clone())
-        return DPRBatch(**common, **scores)
-
     def score(self, shape: Shape) -> dict[str, Stage]:
         """Return the stage in which one micro-batch of samples is scored under every policy."""
         module = self.module
@@ -294,17 +267,17 @@ class Simulation:
         self._attach(shape.rows)
         self.tracker.stages.clear()
         with self.tracker:
-            rollouts = _rollouts(shape)
+            samples = rollouts(shape)
             self.tracker.begin("scoring")
             if isinstance(module, PairModule):
                 for number, policy in enumerate((module.actor, module.frozen_policy("teacher"))):
-                    module.logprobs(policy, rollouts, with_entropy=number == 0)
+                    module.logprobs(policy, samples, with_entropy=number == 0)
             else:
-                module.score(rollouts)
+                module.score(samples)
             if isinstance(module, PPOModule):
                 self.tracker.begin("scoring by the critic")
                 with self._forward():
-                    token_values(rollouts, module.critic, micro_batch_size=shape.rows)
+                    token_values(samples, module.critic, micro_batch_size=shape.rows)
         return dict(self.tracker.stages)
 
     def _attach(self, rows: int) -> None:
@@ -340,11 +313,10 @@ class Simulation:
             mask_BT[: rows // 2, 0] = 0
             cache = _Cache(model, self.tracker)
             self._decode(model, cache, mask_BT[:, :width], width, sampling)
+            self.tracker.begin(_BETWEEN)
             late_cache = _Cache(model, self.tracker)
             for number, layer in enumerate(cache.layers):
-                keys, values = layer.keys, layer.values
-                assert keys is not None
-                assert values is not None
+                keys, values = _states(layer)
                 # In two parts, because a layer with a window forgets when it is given more.
                 for length in (late - 1, 1):
                     late_cache.update(
@@ -358,7 +330,7 @@ class Simulation:
             self._decode(model, late_cache, mask_BT, 1, sampling)
         last.remove()
         model.train()
-        return dict(self.tracker.stages)
+        return {name: stage for name, stage in self.tracker.stages.items() if name != _BETWEEN}
 
     def _decode(
         self, model: PreTrainedModel, cache: _Cache, mask_BT: Tensor, width: int, sampling: SamplingConfig
@@ -395,8 +367,7 @@ class _Cache(DynamicCache):
     @override
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        self._tracker.tag((tensor for tensor in (layer.keys, layer.values) if tensor is not None), CACHE)
+        self._tracker.tag(_states(self.layers[layer_idx]), CACHE)
         return out
 
 
@@ -406,26 +377,6 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _tokens(shape: Shape) -> TokenBatch:
-    width = shape.prompt_tokens + shape.response_tokens
-    attention_mask_BT = torch.ones((shape.rows, width), dtype=torch.bool)
-    attention_mask_BT[shape.rows // 2 + 1 :, -1] = False
-    response_mask_BT = attention_mask_BT.clone()
-    response_mask_BT[:, : shape.prompt_tokens] = False
-    return TokenBatch(
-        input_ids_BT=torch.ones((shape.rows, width), dtype=torch.long),
-        attention_mask_BT=attention_mask_BT,
-        response_mask_BT=response_mask_BT,
-    )
-
-
-def _rollouts(shape: Shape) -> RolloutBatch:
-    tokens = _tokens(shape)
-    return RolloutBatch(
-        input_ids_BT=tokens.input_ids_BT,
-        attention_mask_BT=tokens.attention_mask_BT,
-        response_mask_BT=tokens.response_mask_BT,
-        prompt_index_B=torch.arange(shape.rows),
-        is_truncated_B=torch.ones(shape.rows, dtype=torch.bool),
-        sampler_logp_BT=torch.zeros(tokens.input_ids_BT.shape),
-    )
+def _states(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a cache's layer that has been given some."""
+    return layer.keys, layer.values

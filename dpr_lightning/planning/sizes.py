@@ -73,14 +73,18 @@ def find_sizes(run: PlannedRun, given: Given) -> Sizes:
     if mean_response is None:
         mean_response = sum(responses) / len(responses) if responses else longest_response / 2
     if prompts:
-        notes.append(f"lengths of the first {len(prompts)} rows: {mean_prompt:.0f} + {mean_response:.0f} tokens on average")
+        notes.append(
+            f"lengths of the first {len(prompts)} rows: {mean_prompt:.0f} + {mean_response:.0f} tokens on average"
+        )
     elif given.mean_prompt is None or given.mean_response is None:
         notes.append(
             f"lengths not measured: prompts of {mean_prompt:.0f} and responses of {mean_response:.0f} tokens on average"
         )
     for name, mean, longest in (("prompt", mean_prompt, longest_prompt), ("response", mean_response, longest_response)):
         if not 0 < mean <= longest:
-            raise UserError(f"--mean_{name}_tokens: found {mean:g}; give more than 0 and at most {longest}, the longest")
+            raise UserError(
+                f"--mean_{name}_tokens: found {mean:g}; give more than 0 and at most {longest}, the longest"
+            )
     return Sizes(
         num_rows=num_rows,
         longest_prompt=longest_prompt,
@@ -103,7 +107,7 @@ def _demonstrations(run: PlannedRun) -> DemonstrationConfig | None:
 
 
 def _longest_response(run: PlannedRun, config: DemonstrationConfig | None) -> int:
-    sampled = run.data.sampling.max_new_tokens if run.is_on_policy else 0  # type: ignore[attr-defined]
+    sampled = run.data.sampling.max_new_tokens if run.is_on_policy else 0
     taught = 0 if config is None else config.max_response_tokens
     is_paired = hasattr(run.data, "passes_per_rollout")
     return int(max(sampled, taught) if is_paired or not run.is_on_policy else sampled)
@@ -115,7 +119,7 @@ def _measured(run: PlannedRun, config: DemonstrationConfig) -> tuple[int | None,
     if not files or sum(file.stat().st_size for file in files) > _MAX_BYTES:
         return None, [], []
     table = load_demonstrations(config, needs_response=not run.is_on_policy)["train"]
-    start, template = run.start, run.data.template  # type: ignore[attr-defined]
+    start, template = run.start, run.data.template
     if not Path(locate(start)).is_dir():
         return len(table), [], []
     few = DemonstrationTable(table.records, table.columns, table.rows[:_NUM_MEASURED])

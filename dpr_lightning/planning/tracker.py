@@ -69,7 +69,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, fake: FakeTensorMode, seconds_of: Callable[[float, float, bool], float]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
         self.seconds_of = seconds_of
         self.stages: dict[str, Stage] = {}
@@ -159,9 +159,7 @@ class Tracker(TorchDispatchMode):
             self._peak = self._total
             self._stage.peak = Counter({kind: size for kind, size in self._live.items() if size})
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any
-    ) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any) -> None:
         stage = self._stage
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         packet = func._overloadpacket
@@ -191,4 +189,3 @@ def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         return True
     known = {tensor.untyped_storage()._cdata for tensor in inputs}
     return all(tensor.untyped_storage()._cdata in known for tensor in outputs)
-
