@@ -101,7 +101,10 @@ class CommandLine(LightningCLI):
             self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except TypeError as error:
             raise UserError(f"model.optimizer: {error}; change it") from error
-        if isinstance(self.trainer.strategy, FullyShardedStrategy) and self.model.backbone.quantization is not None:
+        if (
+            isinstance(getattr(self.trainer, "strategy", None), FullyShardedStrategy)
+            and self.model.backbone.quantization is not None
+        ):
             raise UserError("model.backbone.quantization: a base in 4 bits cannot be sharded; use ddp, or leave it out")
         owners = (self.model, self.datamodule, getattr(self.datamodule, "demonstrations", None))
         for key, owner in zip(("model", "data", "data.demonstrations"), owners, strict=True):
@@ -196,16 +199,18 @@ def _class_name(node: Any) -> str:
     return str(node.get("class_path", "")).rpartition(".")[2] if isinstance(node, Namespace) else ""
 
 
-def command_line(args: ArgsType = None, *, run: bool = True) -> CommandLine:
-    """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand."""
+def command_line(args: ArgsType = None, *, run: bool = True, kind: type[CommandLine] | None = None) -> CommandLine:
+    """Parse ``args`` (``sys.argv`` if None), build the classes, and run the subcommand; ``kind`` does it otherwise."""
     quieten()
     command = shlex.join(["dpr-lightning", *(args if isinstance(args, list) else sys.argv[1:])])
     with ExitStack() as while_it_runs:
-        return _command_line(args, command, while_it_runs, run=run)
+        return _command_line(args, command, while_it_runs, run=run, kind=kind or CommandLine)
 
 
-def _command_line(args: ArgsType, command: str, while_it_runs: ExitStack, *, run: bool) -> CommandLine:
-    return CommandLine(
+def _command_line(
+    args: ArgsType, command: str, while_it_runs: ExitStack, *, run: bool, kind: type[CommandLine]
+) -> CommandLine:
+    return kind(
         CausalLMModule,
         LightningDataModule,
         trainer_class=Trainer,

@@ -23,6 +23,7 @@ TRAINER_COMMANDS = {
 
 COMMANDS = {
     "demo": ("dpr_lightning.demo.run", "train and compare SFT, continued SFT and DPR on the embedded tasks"),
+    "plan": ("dpr_lightning.planning.command", "what a run of fit will need: memory, time, and whether it fits"),
     "diagnose": ("dpr_lightning.analysis.diagnose", "before any RL: does the dense reward know better from worse?"),
     "score": ("dpr_lightning.analysis.score", "token rewards of any responses, as a table and a page"),
     "credit": ("dpr_lightning.analysis.credit", "does the dense reward find a corrupted token, and the better answer?"),

@@ -23,6 +23,8 @@ _NEEDLESS_WARNINGS = (
     r"The '\w+_dataloader' does not have many workers",
     # Predictions carry the number of their row.
     r"Couldn't infer the batch indices",
+    # The new name is not in all versions that this package runs with.
+    r"`gradient_checkpointing_enable` is deprecated",
 )
 
 
@@ -33,6 +35,8 @@ def quieten() -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
+    # It says at every import, also of those who use no weights in 4 bits, what faster kernels it would like.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Bars over the files of one model flash by; those over downloads stay.
     disable_progress_bar()
     enable_progress_bars()

@@ -74,7 +74,7 @@ def open_records(source: str, *, subset: str | None, hub_split: str, key: str) -
     Raises:
         UserError: Nothing is found, a file is empty, of an unknown kind, or broken (with file and line).
     """
-    files = _local_files(source, key)
+    files = local_files(source, key)
     if not files:
         return _open_hub(source, subset, hub_split, key)
     kinds = {Path(file).suffix.lower() for file in files}
@@ -87,7 +87,12 @@ def open_records(source: str, *, subset: str | None, hub_split: str, key: str) -
     return _open_parquet(files, key) if kind == ".parquet" else _open_text(files, key)
 
 
-def _local_files(source: str, key: str) -> tuple[str, ...]:
+def local_files(source: str, key: str) -> tuple[str, ...]:
+    """Return the local files that ``source`` names; none where it can only be a hub data set.
+
+    Raises:
+        UserError: It names a file that is not there, or of an unknown kind.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         raise UserError(

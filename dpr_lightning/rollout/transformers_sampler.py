@@ -102,7 +102,7 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        token_B, token_logp_B = _draw(logits_BV.float(), config, generator)
+        token_B, token_logp_B = draw(logits_BV.float(), config, generator)
         ids_BT[row_B[alive_B], step] = token_B[alive_B]
         logp_BT[row_B[alive_B], step] = token_logp_B[alive_B]
         ended_B = alive_B & (token_B == eos_token_id)
@@ -123,7 +123,7 @@ def _decode(
     return ids_BT, logp_BT, length_B, truncated_B
 
 
-def _draw(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw one token per row of float32 logits; return ids [B] and their log-probabilities [B]."""
     if config.temperature == 0:
         logp_BV = logits_BV.log_softmax(dim=-1)
