@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from dpr_lightning.callbacks.ranks import refuse_together
 from dpr_lightning.errors import UserError
-from dpr_lightning.manifest import is_complete, refuse_taken, write_directory
+from dpr_lightning.manifest import is_complete, is_of_run, recorded_run_id, refuse_taken, write_directory
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.base import CausalLMModule
@@ -44,9 +44,11 @@ class HFExport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a directory that is taken now, not when the run has ended."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Known only once a checkpoint has been restored.
+            # Known only once a checkpoint has been restored. Without one it may be a run that was killed between this
+            # export and its first checkpoint.
             is_resumed = trainer.ckpt_path is not None
-            refuse_together(trainer, lambda: refuse_taken(self.path(trainer), exist_ok=is_resumed))
+            path, run_id = self.path(trainer), recorded_run_id(Path(trainer.default_root_dir))
+            refuse_together(trainer, lambda: refuse_taken(path, exist_ok=is_resumed or is_of_run(path, run_id)))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +71,13 @@ class HFExport(Callback):
             return
         if step < planned_steps:
             rank_zero_warn(f"The run was stopped at optimizer step {step} of {planned_steps} planned")
-        manifest = {**module.model_manifest(), "kind": "final", "step": step, "planned_steps": planned_steps}
+        manifest = {
+            **module.model_manifest(),
+            "kind": "final",
+            "step": step,
+            "planned_steps": planned_steps,
+            "run_id": recorded_run_id(path.parent),
+        }
         write_directory(path, module.save_pretrained, manifest, is_writer=trainer.is_global_zero, exist_ok=True)
         trainer.strategy.barrier("hf_export")
         rank_zero_info(f"Final model: {path}")

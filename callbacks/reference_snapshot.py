@@ -16,7 +16,14 @@ from typing_extensions import override
 
 from dpr_lightning.callbacks.ranks import refuse_together
 from dpr_lightning.errors import UserError
-from dpr_lightning.manifest import is_complete, read_manifest, refuse_taken, write_directory
+from dpr_lightning.manifest import (
+    is_complete,
+    is_of_run,
+    read_manifest,
+    recorded_run_id,
+    refuse_taken,
+    write_directory,
+)
 
 if TYPE_CHECKING:
     from dpr_lightning.modules.base import CausalLMModule
@@ -110,7 +117,8 @@ class ReferenceSnapshot(Callback):
                 f"{_KEY}: {self.num_planned} optimizer steps are planned, but Lightning will take {num_real}; leave "
                 "trainer.limit_train_batches, trainer.overfit_batches and accumulation schedules out"
             )
-        self.run_id = trainer.strategy.broadcast(self.run_id or uuid.uuid4().hex)
+        recorded = recorded_run_id(Path(trainer.default_root_dir))
+        self.run_id = trainer.strategy.broadcast(self.run_id or recorded or uuid.uuid4().hex)
         refuse_together(trainer, lambda: self._check_directories(trainer))
         now = trainer.global_step
         is_due = now in self.pending and not is_complete(self.path(trainer, self.pending[now]))
@@ -164,7 +172,7 @@ class ReferenceSnapshot(Callback):
     def _check_directories(self, trainer: Trainer) -> None:
         for step, alpha in self.pending.items():
             path = self.path(trainer, alpha)
-            refuse_taken(path, exist_ok=trainer.ckpt_path is not None)
+            refuse_taken(path, exist_ok=trainer.ckpt_path is not None or is_of_run(path, self.run_id))
             if is_complete(path):
                 found = read_manifest(path)
                 expected = {"run_id": self.run_id, "step": step, "planned_steps": self.num_planned}

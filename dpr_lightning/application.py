@@ -86,6 +86,7 @@ class CommandLine(LightningCLI):
         if self.subcommand == "fit" and not config.ckpt_path:
             text = self._parser(self.subcommand).dump(config, skip_none=False)
             config.ckpt_path = where_to_go_on(run_dir, yaml.safe_load(text))
+            self.save_config_kwargs["goes_on"] = config.ckpt_path is not None
         elif config.ckpt_path == "last":
             config.ckpt_path = str(run_dir / CHECKPOINTS)
         self.parser.add_instantiator(self._construct, object, subclasses=True)

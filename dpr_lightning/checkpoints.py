@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import distributed
 from typing_extensions import override
 
-from dpr_lightning.errors import UserError
+from dpr_lightning.errors import CheckpointError, UserError
 
 MANIFEST = "checksums.json"
 META = "meta.pt"
@@ -47,14 +47,25 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_of(path)
-        torch.save(checkpoint, partial)
-        put_in_place(partial, path)
+        try:
+            torch.save(checkpoint, partial)
+            put_in_place(partial, path)
+        except (OSError, RuntimeError) as error:
+            # torch's writer says no more than that it could not write.
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 2**30
+            raise CheckpointError(
+                f"'{path}' could not be written ({error}; {free:.1f} GiB are free there); checkpoints from before are "
+                "good: make room, and the same command goes on from the last"
+            ) from error
 
     @override
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         found = resolve(path)
+        if found.is_dir():
+            raise UserError(f"ckpt_path: '{found}' is of sharded weights; resume it with --trainer.strategy fsdp")
         checkpoint: dict[str, Any] = super().load_checkpoint(found, map_location or "cpu", weights_only=True)  # type: ignore[arg-type]
         return checkpoint
 
@@ -104,9 +115,15 @@ def clear_leftovers(directory: Path) -> None:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Return ``RunCheckpoint``'s checkpoints in a directory, the one that was written last first."""
-    steps = {path: _NAME.fullmatch(path.name) for path in directory.glob("step=*.ckpt")}
-    found = {path: int(match.group(1)) for path, match in steps.items() if match}
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, found[path]), reverse=True)
+    found = [path for path in directory.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, step_of(path)), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer steps that one of ``RunCheckpoint``'s checkpoints is named by."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
 
 
 def resumable_in(directory: Path) -> list[Path]:

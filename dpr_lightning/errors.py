@@ -1,4 +1,4 @@
-"""Why a run does not go on: the user's input, numbers that stopped being numbers, or nothing left to do."""
+"""Why a run does not go on: the user's input, numbers that stopped being numbers, no room, or nothing to do."""
 
 
 class UserError(ValueError):
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message says at which step and batch."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says why and what is left."""
 
 
 class RunIsFinished(Exception):  # noqa: N818

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpr_lightning.errors import NonFiniteError, RunIsFinished, UserError
+from dpr_lightning.errors import CheckpointError, NonFiniteError, RunIsFinished, UserError
 
 TRAINER_COMMANDS = {
     "fit": "train by one of configs/recipe",
@@ -63,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if not isinstance(error, _refusals()):
             raise
         sys.stderr.write(f"dpr-lightning: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(1 if isinstance(error, NonFiniteError) else 2) from error
+        raise SystemExit(1 if isinstance(error, NonFiniteError | CheckpointError) else 2) from error
 
 
 def program_help() -> str:
@@ -85,7 +85,7 @@ def _refusals() -> tuple[type[BaseException], ...]:
     """Return the errors that are the user's to mend; Lightning's own only where it has been imported."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     theirs = [] if lightning is None else [lightning.MisconfigurationException]
-    return (UserError, NonFiniteError, *theirs)
+    return (UserError, NonFiniteError, CheckpointError, *theirs)
 
 
 def packaged_configs(args: Sequence[str]) -> list[str]:

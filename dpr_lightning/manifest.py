@@ -230,6 +230,26 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def recorded_run_id(run_dir: Path) -> str | None:
+    """Return what tells the products of the run in a directory from those of others; None where no run is recorded."""
+    record = run_dir / "run.json"
+    return read_json(record).get("run_id") if record.is_file() else None
+
+
+def is_of_run(path: Path, run_id: str | None) -> bool:
+    """Return whether ``path`` is a complete directory that the run of this id wrote."""
+    return run_id is not None and is_complete(path) and read_manifest(path).get("run_id") == run_id
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Undo what processes that were killed while they wrote into ``directory`` left behind."""
+    for leftover in [*directory.glob(".*.partial"), *directory.glob(".*.replaced")]:
+        if leftover.is_dir():
+            _clear_leftovers(directory / leftover.name[1:].rpartition(".")[0])
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 

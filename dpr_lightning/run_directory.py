@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
 from dpr_lightning.checkpoints import is_checkpoint, is_first_rank, resumable_in
 from dpr_lightning.errors import RunIsFinished, UserError
@@ -20,20 +20,47 @@ from dpr_lightning.manifest import is_complete, read_json
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-_NOT_COMPARED = ("ckpt_path", "run_dir")
+_NOT_TRAINING = (
+    "ckpt_path",
+    "run_dir",
+    "weights_only",
+    "trainer.callbacks",
+    "trainer.default_root_dir",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.max_time",
+    "trainer.profiler",
+)
+"""Settings that a run may go on without: they watch it, or say where it lies."""
+_ROUNDING = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "data.micro_batch_size",
+    "model.score_micro_batch_size",
+    "model.logprob_chunk_size",
+    "model.offload_frozen",
+    "model.backbone.gradient_checkpointing",
+)
+"""Settings that a run may go on with others of: the same steps by exact arithmetic, on other machines."""
 _SHOWN = 3
 """Differing keys that a refusal names."""
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger, which a resumed run tells from where on the killed one's points do not count."""
+    """TensorBoard's logger, which tells where a run resumes: what a killed one logged beyond does not count."""
 
-    def go_on_from(self, step: int) -> None:
-        """Drop points at optimizer step ``step`` and beyond from what is shown: they are logged again."""
-        self._kwargs["purge_step"] = step
-        if self._experiment is not None:
-            self._experiment.close()
-            self._experiment = None
+    @rank_zero_only
+    def begin_at(self, step: int) -> None:
+        """Drop points at ``step`` and beyond from what is shown: they are logged again.
+
+        TensorBoard takes the first such mark of a directory for the run's beginning, so a new run sets one too.
+        """
+        start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        self.experiment.file_writer.add_event(start)
 
 
 @contextmanager
@@ -85,14 +112,15 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
         UserError: ``run_dir`` holds a run with another configuration.
     """
     recorded, record = run_dir / "config.yaml", run_dir / "run.json"
-    if not recorded.is_file() or _failed_at_once(record):
+    if not recorded.is_file() or _failed_at_once(run_dir):
         return None
     before = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
-    differing = [found for found in _differing(before, config) if found.split(".")[0] not in _NOT_COMPARED]
-    if differing:
-        more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    differing = dict(_differing(before, config))
+    other = [text for key, text in differing.items() if not _is_below(key, (*_NOT_TRAINING, *_ROUNDING))]
+    if other:
+        more = f", and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
         raise UserError(
-            f"run_dir: '{run_dir}' already holds a run with other settings ({', '.join(differing[:_SHOWN])}{more}); "
+            f"run_dir: '{run_dir}' already holds a run with other settings ({', '.join(other[:_SHOWN])}{more}); "
             "choose another --run_dir, or delete it; --ckpt_path last continues it with the new settings"
         )
     found = read_json(record) if record.is_file() else {}
@@ -101,13 +129,18 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
             f"run_dir: '{run_dir}' is finished (optimizer step {found.get('optimizer_steps')}), there is nothing left "
             "to train; choose another --run_dir, or delete it to train anew"
         )
-    if resumable_in(run_dir / CHECKPOINTS):
-        return str(run_dir / CHECKPOINTS)
+    directory = run_dir / CHECKPOINTS
+    if resumable_in(directory):
+        rounding = [text for key, text in differing.items() if _is_below(key, _ROUNDING)]
+        if rounding:
+            rank_zero_info(f"The run goes on with {', '.join(rounding)}: not bit for bit as it would have before")
+        return str(directory)
+    if others := sorted(path.name for path in directory.glob("[!.]*.ckpt*")):
+        raise UserError(
+            f"run_dir: '{directory}' holds no whole checkpoint that the run could go on from, but {', '.join(others)}; "
+            f"name one by --ckpt_path, put one back, or delete '{run_dir}' and begin anew"
+        )
     rank_zero_info(f"'{run_dir}' holds a run that ended before its first checkpoint; it begins anew")
-    if is_first_rank():
-        # All of it is made again, at the same steps.
-        for name in (TENSORBOARD, "reference"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
     return None
 
 
@@ -147,21 +180,25 @@ def check_run_dir(run_dir: Path) -> None:
         raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
 
 
-def _differing(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return the keys at which two configurations differ, as users write them, with what is there and here."""
+def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the keys at which two configurations differ, as users write them, each with what is there and here."""
     if isinstance(before, dict) and isinstance(now, Mapping):
-        names = [*before, *(name for name in now if name not in before)]
-        return [
-            found
-            for name in names
-            for found in _differing(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
-        ]
-    return [] if before == now else [f"{key.replace('.init_args', '')} is {before} there and {now} here"]
+        for name in [*before, *(name for name in now if name not in before)]:
+            inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            yield from _differing(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield key, f"{key} is {before} there and {now} here"
 
 
-def _failed_at_once(record: Path) -> bool:
+def _is_below(key: str, keys: tuple[str, ...]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def _failed_at_once(run_dir: Path) -> bool:
     """Return whether a run ended before its first step: nothing of it is worth keeping."""
-    if not record.exists():
+    record = run_dir / "run.json"
+    # One that failed as it resumed has checkpoints of the time before.
+    if not record.exists() or any((run_dir / CHECKPOINTS).glob("[!.]*.ckpt*")):
         return False
     found = read_json(record)
     return found.get("status") == "failed" and found.get("optimizer_steps") == 0

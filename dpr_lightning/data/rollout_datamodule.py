@@ -149,7 +149,10 @@ class RolloutDataModule(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         epoch = running_epoch(trainer)
-        if self.experience is None or self._experience_epoch != epoch:
+        max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        is_over = 0 <= max_epochs <= epoch or 0 <= trainer.max_steps <= trainer.global_step
+        # Lightning asks also where a resumed run has nothing left to train.
+        if self.experience is None or (self._experience_epoch != epoch and not is_over):
             self.experience = self._of_all_ranks(self._roll_out(epoch))
             self._experience_epoch = epoch
         plans = self._plan_updates(self.experience, epoch)

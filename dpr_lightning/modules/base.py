@@ -104,6 +104,8 @@ class CausalLMModule(LightningModule):
         self.__dict__["frozen"] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_metrics: dict[str, Tensor] = {}
+        self._random_states: list[dict[str, Any]] | None = None
+        """Every rank's, of the checkpoint that the run resumes from, until training starts."""
         self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
         """Prompt and response tokens of this rank, prompts counted with them: trained on, sampled, and put through a
         forward without gradient, once for each model that was trained on them or scored them."""
@@ -276,14 +278,20 @@ class CausalLMModule(LightningModule):
         if self.trainer.state.fn == "fit":
             before = checkpoint.get("accumulate_grad_batches", self.trainer.accumulate_grad_batches)
             rescale_progress(checkpoint, before=before, now=self.trainer.accumulate_grad_batches)
-            states = checkpoint.get("random_states", [])
-            restore_random_state(states, rank=self.global_rank, world_size=self.trainer.world_size)
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.go_on_from(checkpoint["global_step"])
+            self._random_states = checkpoint.get("random_states", [])
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
             self.token_counts = dict(checkpoint["token_counts"])
+
+    @override
+    def on_train_start(self) -> None:
+        if self._random_states is not None:
+            # As late as can be: nothing that happens once more when a run resumes may draw from it.
+            restore_random_state(self._random_states, rank=self.global_rank, step=self.trainer.global_step)
+            self._random_states = None
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.begin_at(self.trainer.global_step)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, distributed
 
 from dpr_lightning.errors import UserError
@@ -60,6 +61,38 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
             state["position"] = state["position"] * now // before
 
 
+def settle_place(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint that is taken between two optimizer steps one that resumes with all that is left, and no more.
+
+    It may be taken where the next step's first batch has been fetched, at an epoch's end or after it, or where a run
+    stops inside an epoch. Lightning resumes exactly from two of its own states: that in which it hands a batch to
+    callbacks that ends an optimizer step (the loop counts it as completed, skips the validation that may follow, and
+    goes on with the next batch), and that of an epoch that has not begun. The place is written as one of these.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    batches, epochs = _batch_progress(checkpoint), fit_loop["epoch_progress"]
+    num_done = batches["current"]["completed"]
+    is_next_fetched = batches["current"]["ready"] > num_done
+    if num_done == 0 or (batches["is_last_batch"] and not is_next_fetched):
+        for part in ("current", "total"):
+            epochs[part] = dict.fromkeys(epochs[part], epochs[part]["processed"])
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+    else:
+        for part in ("current", "total"):
+            begun = epochs[part]["ready"]
+            epochs[part] = dict.fromkeys(epochs[part], begun) | {"processed": begun - 1, "completed": begun - 1}
+            done = batches[part]["completed"]
+            batches[part] = dict.fromkeys(batches[part], done) | {"completed": done - 1}
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        for state in fit_loop["state_dict"].get("combined_loader", []):
+            if isinstance(state, dict) and "position" in state:
+                state["position"] = num_done
+    batches["is_last_batch"] = False
+
+
 def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     progress: dict[str, Any] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return progress
@@ -68,7 +101,7 @@ def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def random_states() -> list[dict[str, Any]]:
     """Return the state of every rank's global random generators, as tensors and plain values; all ranks must call it.
 
-    Rollouts and orders of rows have seeds of their own. This is for what else may draw.
+    Rollouts and orders of rows have seeds of their own. This is for what else may draw, such as dropout.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -78,16 +111,31 @@ def random_states() -> list[dict[str, Any]]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if _num_ranks() == 1:
         return [own]
-    states: list[Any] = [None] * distributed.get_world_size()
+    states: list[Any] = [None] * _num_ranks()
     distributed.all_gather_object(states, own)
     return states
 
 
-def restore_random_state(states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
-    """Take this rank's state back; with another number of ranks than wrote them, none is."""
-    if len(states) != world_size:
+def restore_random_state(states: list[dict[str, Any]], *, rank: int, step: int) -> None:
+    """Take this rank's state back; where another number of ranks wrote them, seed it anew and say so.
+
+    Args:
+        states: Of every rank, see :func:`random_states`.
+        rank: This one.
+        step: Optimizer steps that the run has taken, which with the rank decides a new seed.
+    """
+    if len(states) != _num_ranks():
+        rank_zero_info(
+            f"The checkpoint was written by {len(states)} rank{'s' if len(states) != 1 else ''} and goes on with "
+            f"{_num_ranks()}: samples and rounding are not those of an uninterrupted run from here on, and random "
+            f"states are seeded by optimizer step {step} and rank"
+        )
+        seed = int(np.random.SeedSequence([step, rank]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         return
     own = states[rank]
     version, words, gauss = own["python"]
@@ -97,3 +145,7 @@ def restore_random_state(states: list[dict[str, Any]], *, rank: int, world_size:
     torch.set_rng_state(own["torch"].cpu())
     if isinstance(own["cuda"], Tensor) and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"].cpu())
+
+
+def _num_ranks() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
