@@ -98,11 +98,15 @@ def main() -> None:
             f"| {name} | {middle[2]:.0f} | {middle[0]:.1f} | {middle[1]:.1f} | {rates[0]:.0f} | {rates[1]:.0f} "
             f"| {gaps[name]:.1e} |"
         )
-    ratios = [ours[0] / theirs[0] * theirs[2] / ours[2] for ours, theirs in zip(*found.values(), strict=True)]
-    print(
-        f"\nvLLM / transformers, tokens per second: median {statistics.median(ratios):.2f}, of rounds "
-        f"{min(ratios):.2f} to {max(ratios):.2f}"
-    )
+    for index, what in enumerate(("second", "CPU second")):
+        ratios = [
+            (ours[2] / ours[index]) / (theirs[2] / theirs[index])
+            for theirs, ours in zip(found["transformers"], found["vLLM"], strict=True)
+        ]
+        print(
+            f"\nvLLM / transformers, tokens per {what}: median {statistics.median(ratios):.2f}, of rounds "
+            f"{min(ratios):.2f} to {max(ratios):.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_every_family_is_served(
 ) -> None:
     # The smallest heads that vLLM's CPU kernels know. Mistral's and Gemma's windows are of four tokens.
     heads = {} if family == "qwen2" else {"head_dim": 32}
-    model = tiny_model(family, hidden_size=128, **heads)
+    model = tiny_model(family, hidden_size=128, vocab_size=480, **heads)
     sampler = make_sampler()
     for _ in range(2):
         assert gap(model, draw(sampler, model)) < 1e-4
