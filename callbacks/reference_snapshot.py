@@ -142,7 +142,7 @@ class ReferenceSnapshot(Callback):
             if trainer.global_step < step:
                 rank_zero_warn(
                     f"The run ended at optimizer step {trainer.global_step} of {self.num_planned} planned, before step "
-                    f"{step}: there is no reference at alpha {alpha:g}. Resume it with --ckpt_path last to reach it"
+                    f"{step}: there is no reference at alpha {alpha:g}. The same command goes on to reach it"
                 )
 
     @override

@@ -36,6 +36,15 @@ class PromptTemplate(ABC):
         """Return the text after which the response begins."""
 
     @abstractmethod
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | None:
+        """Return a chat template for ``tokenizer`` that renders prompts as this one does; None keeps its own.
+
+        Args:
+            tokenizer: The model's.
+            prefix: Text of the special tokens that every prompt begins with, which a chat template has to spell out.
+        """
+
+    @abstractmethod
     def to_manifest(self) -> dict[str, Any]:
         """Return plain JSON values from which :func:`template_from_manifest` makes an equal template."""
 
@@ -102,6 +111,27 @@ class TextTemplate(PromptTemplate):
         return "".join(pieces)
 
     @override
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str:
+        before, after = self.prompt.split("{prompt}")
+        system_before, system_after = self.system.split("{system}")
+        content = "message['content']"
+
+        def written(*parts: str) -> str:
+            terms = [part if part is content else json.dumps(part, ensure_ascii=False) for part in parts if part]
+            return "{{- " + " ~ ".join(terms) + " -}}"
+
+        return (
+            (written(prefix) if prefix else "")
+            + "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+            + written(content, self.turn_end)
+            + "{%- elif message['role'] == 'system' -%}"
+            + written(system_before, content, system_after)
+            + "{%- else -%}"
+            + written(before, content, after)
+            + "{%- endif -%}{%- endfor -%}"
+        )
+
+    @override
     def to_manifest(self) -> dict[str, Any]:
         return {"type": "text", "prompt": self.prompt, "system": self.system, "turn_end": self.turn_end}
 
@@ -151,6 +181,14 @@ class ChatTemplate(PromptTemplate):
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{TEMPLATE_KEY}: the chat template refuses the roles {roles} ({error})") from error
+
+    @override
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | None:
+        source = self.chat_template or tokenizer.chat_template
+        if not isinstance(source, str) or (self.chat_template is None and not self.variables):
+            return None
+        values = {name: "none" if value is None else json.dumps(value) for name, value in self.variables.items()}
+        return "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items()) + source
 
     @override
     def to_manifest(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 
@@ -120,6 +121,21 @@ def default_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         f"tokenizer of {tokenizer.name_or_path or 'this model'}: it gives no ids for {', '.join(_PROBES)}; "
         "its vocabulary or normalizer is broken"
     )
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer whose chat template gives the prompts of ``template``, for others to use.
+
+    ``apply_chat_template`` of one prompt then gives the ids of :func:`encode_prompt`, but for text of users that spells
+    out special tokens, which stays text only here.
+    """
+    prefix = default_prefix(tokenizer)
+    text = "".join(str(token) for token in tokenizer.convert_ids_to_tokens(prefix))
+    own = template.to_jinja(tokenizer, prefix=text)
+    copied = copy.deepcopy(tokenizer)
+    if own is not None:
+        copied.chat_template = own
+    return copied
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

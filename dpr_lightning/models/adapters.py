@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapt
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.models.parallel import whole
@@ -233,20 +233,28 @@ def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor],
     )
 
 
-def save_plain(model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path) -> None:
+def save_plain(
+    model: PreTrainedModel, state: Mapping[str, Tensor], directory: Path, generation: GenerationConfig | None = None
+) -> None:
     """Write weights as a transformers model of the kind of ``model``, which may be sharded or carry adapters.
 
     Tied weights are written once.
+
+    Args:
+        model: Its class and configuration count.
+        state: The weights by name.
+        directory: Made when needed.
+        generation: How others are to generate with it; None is the model's own.
     """
     config = copy.deepcopy(model.config)
     # The weights that are written are whole.
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         plain = type(model)(config).to(model.dtype)  # type: ignore[arg-type]
-    plain.generation_config = model.generation_config
     if "_weight_conversions" in model.__dict__:
         # How the names of a checkpoint that was loaded differ from the model's: written as it was read.
         plain.__dict__["_weight_conversions"] = model.__dict__["_weight_conversions"]
+    plain.generation_config = generation if generation is not None else model.generation_config
     plain.save_pretrained(directory, state_dict=dict(state))
 
 

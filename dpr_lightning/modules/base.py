@@ -26,19 +26,12 @@ from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
-from dpr_lightning.models.adapters import (
-    ACTOR,
-    FOLDER,
-    adapter_names,
-    find_source,
-    merged_state,
-    save_adapter,
-    save_plain,
-)
+from dpr_lightning.models.adapters import find_source
 from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
 from dpr_lightning.models.critic import ValueModel
-from dpr_lightning.models.parallel import full_state_dict, gathered, whole
+from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
+from dpr_lightning.modules.export import Export
 from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
@@ -405,31 +398,19 @@ class CausalLMModule(LightningModule):
 
         An adapter is added to its base's weights, and lies beside them in ``adapter/`` too.
         """
-        is_writer, model = self.trainer.is_global_zero, self.actor.model
-        state = full_state_dict(model, is_writer=is_writer)
-        if not is_writer:
-            return
-        if self.backbone.lora is None:
-            save_plain(model, state, directory)
-        else:
-            save_plain(model, merged_state(model, ACTOR, state), directory)
-            self._save_adapter(state, directory / FOLDER)
-        self.tokenizer.save_pretrained(directory)
+        self._export().save_model(directory, is_writer=self.trainer.is_global_zero)
 
     def save_snapshot(self, directory: Path) -> None:
         """Write the current weights and tokenizer: a transformers directory, or the adapter alone in peft's format."""
-        if self.backbone.lora is None:
-            self.save_pretrained(directory)
-            return
-        is_writer = self.trainer.is_global_zero
-        state = full_state_dict(self.actor.model, is_writer=is_writer, only=adapter_names(self.actor.model, ACTOR))
-        if is_writer:
-            self._save_adapter(state, directory)
-            self.tokenizer.save_pretrained(directory)
+        self._export().save_snapshot(directory, is_writer=self.trainer.is_global_zero)
 
-    def _save_adapter(self, state: Mapping[str, Tensor], directory: Path) -> None:
-        base = find_source(self.initial_weights).base
-        save_adapter(self.actor.model, ACTOR, state, directory, base=locate(base))
+    def _export(self) -> Export:
+        return Export(
+            model=self.actor.model,
+            tokenizer=self.tokenizer,
+            template=getattr(self.trainer.datamodule, "template", None),  # type: ignore[attr-defined]
+            base=None if self.backbone.lora is None else locate(find_source(self.initial_weights).base),
+        )
 
     def model_manifest(self) -> dict[str, Any]:
         """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""

@@ -16,8 +16,11 @@ from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from dpr_lightning.application import command_line
+from dpr_lightning.data.templates import TextTemplate
+from dpr_lightning.data.tokenization import encode_prompt
 from dpr_lightning.main import main
 from dpr_lightning.manifest import read_json, read_manifest, verify
 
@@ -137,6 +140,20 @@ def test_run_directory_says_what_the_run_was(commands: Commands, stage: str, num
     assert final["data"]["template"]["type"] == "text"
     assert (run_dir / "checkpoints" / "last.ckpt").is_file()
     assert (run_dir / "config.yaml").is_file()
+
+
+def test_exports_answer_elsewhere_as_they_were_trained(commands: Commands) -> None:
+    for directory in (commands.root / "sft" / "final", commands.root / "dpr" / "final"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        messages = [{"role": "user", "content": "1 and 1"}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_prompt(tokenizer, TextTemplate(), messages)
+        generation = GenerationConfig.from_pretrained(directory)
+        assert generation.eos_token_id == tokenizer.eos_token_id
+        assert generation.pad_token_id is not None
+        assert (generation.temperature, generation.top_p, generation.repetition_penalty) == (None,) * 3
+        answer = pipeline("text-generation", str(directory))(messages, max_new_tokens=8, do_sample=False)
+        assert answer[0]["generated_text"][-1]["role"] == "assistant"
 
 
 def test_reference_lies_at_half(commands: Commands) -> None:

@@ -16,6 +16,7 @@ from dpr_lightning.data.tokenization import (
     finish_response,
     pad_id,
     special_ids,
+    with_template,
 )
 from dpr_lightning.errors import UserError
 
@@ -153,3 +154,38 @@ def test_template_processing_with_bos_only(byte_bpe: PreTrainedTokenizerFast) ->
         eos,
         byte_bpe.convert_tokens_to_ids("hell"),
     ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TextTemplate(),
+        TextTemplate(prompt='Q: {prompt}\nA: "', system="<<{system}>>\n", turn_end='"\n\\n\n'),
+        TextTemplate(prompt="é {prompt} \U0001f600\n"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["byte_bpe", "metaspace_bpe", "words"])
+def test_the_exported_chat_template_gives_the_ids_of_training(
+    template: TextTemplate, kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(kind)
+    own = tokenizer.chat_template
+    exported = with_template(tokenizer, template)
+    assert tokenizer.chat_template == own
+    for messages in (
+        [say("hell  o\n")],
+        [say("short", "system"), say("a {b} 'c'\\")],
+        [say("a"), say("an answer", "assistant"), say("b")],
+    ):
+        found = exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert found == encode_prompt(tokenizer, template, messages)
+
+
+def test_a_chat_template_of_its_own_stays_but_for_its_variables(byte_bpe: PreTrainedTokenizerFast) -> None:
+    assert with_template(byte_bpe, ChatTemplate()).chat_template == byte_bpe.chat_template
+    template = ChatTemplate(
+        chat_template="{{ mark }}{{ messages[0]['content'] }}{{ none_of }}", variables={"mark": "x"}
+    )
+    exported = with_template(byte_bpe, template)
+    found = exported.apply_chat_template([say("hell")], tokenize=False)
+    assert found == template.render(byte_bpe, [say("hell")]) == "xhell"
