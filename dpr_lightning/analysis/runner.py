@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -102,6 +103,8 @@ def prepare(preparation: DataPreparation | None, directory: Path, seed: int) -> 
 
 def _train(job: Job) -> None:
     from dpr_lightning.application import command_line
+    from dpr_lightning.checkpoints import resumable_in
+    from dpr_lightning.run_directory import CHECKPOINTS
 
     directory = job.task.directory
     record = directory / "run.json"
@@ -111,7 +114,9 @@ def _train(job: Job) -> None:
     if job.task.same_compute_as is not None:
         forwards = token_forwards(read_json(job.task.same_compute_as / "run.json"))
         arguments.append(f"--trainer.max_steps={steps_for(forwards, read_json(job.teacher_dir / 'run.json'))}")
-    # One that was killed goes on where it was.
+    if directory.exists() and not resumable_in(directory / CHECKPOINTS):
+        # What a killed run left before its first checkpoint; its name tells its settings.
+        shutil.rmtree(directory)
     command_line(arguments)
     status = read_json(record)["status"]
     if status != "finished":

@@ -124,16 +124,11 @@ class ChatClient:
         async with self._connect() as client:
             workers = [asyncio.create_task(work()) for _ in range(min(self.endpoint.concurrency, len(requests)))]
             try:
-                done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-                for worker in done:
-                    worker.result()
+                await asyncio.gather(*workers)
             finally:
-                # Again and again: a client that is cleaning up may turn the first cancellation into an error of its
-                # own, which is one to retry.
-                while running := [worker for worker in workers if not worker.done()]:
-                    for worker in running:
-                        worker.cancel()
-                    await asyncio.wait(running, timeout=0.5)
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
     async def _ask(self, client: Any, request: Request) -> Reply | Failure:
         openai = self._openai

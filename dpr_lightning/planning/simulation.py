@@ -89,8 +89,9 @@ class Simulation:
         frozen: dict[str, CausalPolicy] = {}
         lora = policies.backbone.lora
         if lora is not None:
-            for name in (ACTOR, *(name for name, kind in policies.frozen.items() if kind == "adapter")):
-                add_adapter(policy.model, name, lora)
+            with torch.device("meta"):
+                for name in (ACTOR, *(name for name, kind in policies.frozen.items() if kind == "adapter")):
+                    add_adapter(policy.model, name, lora)
             train_only(policy.model, ACTOR)
         for name, kind in policies.frozen.items():
             if kind == "model":

@@ -131,7 +131,13 @@ def test_an_interrupted_run_goes_on_where_it_was(server: ChatServer, tmp_path: P
     server.behave = lambda body, attempt: Act(delay=0.0 if server.asked.total() <= 10 else 60.0)
     arguments = [*files(tmp_path, [f"answer {n}" for n in range(10)]), *options(server, tmp_path / "out")]
     command = [sys.executable, str(ROOT / "cli.py"), "judge", *arguments, "--concurrency", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell's background job, and all below it, would ignore Ctrl-C.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 200
         while server.asked.total() < 12:

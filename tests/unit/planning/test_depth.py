@@ -43,11 +43,15 @@ def run(config: Any, phase: str, lora: LoRASettings | None, checkpointing: bool)
     return simulation.score(shape) if phase == "scoring" else simulation.roll_out(shape, SamplingConfig())
 
 
-@pytest.mark.parametrize("phase", ["training", "scoring", "rollout"])
 @pytest.mark.parametrize(
-    ("config", "lora", "checkpointing"),
-    [(LLAMA, None, True), (LLAMA, LoRASettings(rank=2), False), (GEMMA, None, False)],
-    ids=["llama", "llama-lora", "gemma3"],
+    ("config", "lora", "checkpointing", "phase"),
+    [
+        (LLAMA, None, True, "training"),
+        (LLAMA, LoRASettings(rank=2), False, "rollout"),
+        (GEMMA, LoRASettings(rank=2), True, "training"),
+        (GEMMA, None, False, "scoring"),
+        (GEMMA, None, False, "rollout"),
+    ],
 )
 def test_extrapolated_equals_the_whole_depth(
     config: Any, lora: LoRASettings | None, checkpointing: bool, phase: str
