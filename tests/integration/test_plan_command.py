@@ -78,7 +78,7 @@ def test_real_sizes_are_planned_without_weights(backbone: str) -> None:
 def test_adapters_of_a_real_size_share_one_base() -> None:
     num_parameters, num_adapted = BACKBONES["mistral_7b_v0.1"]
     run = read_run(
-        [*files("recipe/dpr", "backbone/mistral_7b_v0.1", "hardware/gpu8"), "-c", str(CONFIGS / "lora.yaml")]
+        [*files("recipe/dpr", "backbone/mistral_7b_v0.1", "hardware/gpu1"), "-c", str(CONFIGS / "lora.yaml")]
     )
     sizes = find_sizes(run, Given(num_rows=100, longest_prompt=24, longest_response=40))
     phase = Planner(run, sizes, GPUS["H100-80"]).plan("training")
