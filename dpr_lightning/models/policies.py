@@ -264,7 +264,7 @@ def find_teacher(teacher: str) -> FrozenTeacher:
     if not is_complete(final):
         raise UserError(
             f"model.teacher '{teacher}' holds a run without a finished '{final.name}/' directory: let its SFT fit "
-            "reach the end (resume it with --ckpt_path last), or name a finished run"
+            "reach the end (the same command goes on), or name a finished run"
         )
     return FrozenTeacher(teacher=str(final), manifest=read_manifest(final))
 

@@ -227,13 +227,13 @@ def test_find_teacher_needs_no_snapshot(run: Path) -> None:
     assert find_teacher(str(run / "final")).manifest == found.manifest
     assert find_teacher("org/model") == FrozenTeacher(teacher="org/model", manifest=None)
     (run / "final" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"without a finished 'final/' directory.*--ckpt_path last"):
+    with pytest.raises(UserError, match=r"without a finished 'final/' directory.*the same command goes on"):
         find_teacher(str(run))
 
 
 def test_find_frozen_pair_refuses_an_unfinished_run(run: Path) -> None:
     (run / "final" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"without a finished 'final/' directory.*--ckpt_path last"):
+    with pytest.raises(UserError, match=r"without a finished 'final/' directory.*the same command goes on"):
         find_frozen_pair(str(run), None)
 
 
