@@ -137,11 +137,12 @@ def _arrange(death: Death) -> None:
 def _half_written(save: Callable[..., Any], count: int) -> Callable[..., Any]:
     left = count
 
-    def counted(value: Any, path: Any) -> None:
+    def counted(value: Any, path: Any, **kwargs: Any) -> None:
         nonlocal left
-        left -= 1
-        if left:
-            save(value, path)
+        # Tensors that are sent to another rank come by here too, into memory.
+        left -= isinstance(path, Path)
+        if left or not isinstance(path, Path):
+            save(value, path, **kwargs)
             return
         whole = io.BytesIO()
         save(value, whole)

@@ -86,8 +86,8 @@ class Commands:
 
     def _files(self, recipe: str) -> list[str]:
         overlay = self.root / "checkpoints.yaml"
-        checkpoint = {"save_last": True, "every_n_train_steps": 2}
-        callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
+        name = "dpr_lightning.callbacks.checkpoint.RunCheckpoint"
+        callback = {"class_path": name, "init_args": {"every_n_train_steps": 2}}
         overlay.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
         files = ("base", f"recipe/{recipe}", "backbone/tiny", "hardware/cpu")
         overlays = [argument for file in files for argument in ("-c", f"configs/{file}.yaml")]
@@ -212,7 +212,7 @@ def test_killed_run_resumes_to_the_same_weights(commands: Commands) -> None:
     run_dir = commands.root / "resumed"
     assert read_json(run_dir / "run.json")["status"] == "failed"
     assert not (run_dir / "final").exists()
-    main(["fit", *args, "--ckpt_path=last"])
+    main(["fit", *args])
     assert_same_weights(commands.root / "sft", run_dir)
     assert read_json(run_dir / "run.json")["status"] == "finished"
     # The configuration that was killed is kept beside the one that finished.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +71,30 @@ class Bench:
     def _files(self, recipe: str) -> list[str]:
         names = [f"configs/{name}.yaml" for name in ("base", f"recipe/{recipe}", "backbone/tiny", "hardware/cpu")]
         return ["fit", *(part for name in [*names, str(self.root / "overlay.yaml")] for part in ("-c", name))]
+
+    def run_ranks(self, args: list[str], deaths: Sequence[Death | None] = (None, None)) -> list[int]:
+        """Run one process for each rank, and return how each ended by itself."""
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = int(server.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+        size = str(len(deaths))
+        shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+        running = [
+            self.forks.start(
+                Job(args, self.root / f"log.{rank}.txt", shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, death)
+            )
+            for rank, death in enumerate(deaths)
+        ]
+        try:
+            for process in running:
+                process.join(120)
+            assert all(process.exitcode is not None for process in running), "a rank waits for one that is dead"
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
+        return [int(process.exitcode) for process in running]
 
     def run(self, args: list[str], death: Death | None = None, *, seconds: float | None = None) -> int:
         job = Job(args, self.root / "log.txt", {"OMP_NUM_THREADS": "1"}, death)
@@ -153,14 +180,76 @@ DEATHS = {
 }
 
 
+KILLED = -signal.SIGKILL
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpr"])
 def test_killed_anywhere(bench: Bench, stage: str) -> None:
     args = {"sft": bench.sft, "dpr": bench.dpr}[stage](f"killed_{stage}")
-    kills = 0
     for death in DEATHS[stage]:
-        status = bench.run(args, death)
-        print(death, status)
-        kills += status == -signal.SIGKILL
+        assert bench.run(args, death) == KILLED, death
+    # And once at a moment that nobody chose.
+    bench.run(args, seconds=random.Random(stage).uniform(0.5, 2.5))
     bench.finish(args)
-    print("kills", kills)
     bench.assert_same(f"killed_{stage}", stage)
+    # There is nothing left to do.
+    bench.finish(args)
+    assert "is finished (optimizer step" in (bench.root / "log.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_of_which_one_or_both_are_killed(bench: Bench) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    assert bench.run_ranks(bench.dpr("two", *two)) == [0, 0], (bench.root / "log.0.txt").read_text()[-5000:]
+    args = bench.dpr("killed_two", *two)
+    both = Death("scoring", 2)
+    assert bench.run_ranks(args, [both, both]) == [KILLED, KILLED]
+    # The other one notices, and ends.
+    first, second = bench.run_ranks(args, [None, Death("update", 5)])
+    assert second == KILLED
+    assert first not in (0, KILLED)
+    first, second = bench.run_ranks(args, [Death("write", 1), None])
+    assert first == KILLED
+    assert second not in (0, KILLED)
+    assert bench.run_ranks(args) == [0, 0], (bench.root / "log.0.txt").read_text()[-5000:]
+    bench.assert_same("killed_two", "two")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(bench: Bench) -> None:
+    args = bench.sft("damaged")
+    assert bench.run(args, Death("update", 8)) == KILLED
+    directory = bench.root / "damaged" / "checkpoints"
+    newest = directory / "step=6.ckpt"
+    assert {path.name for path in directory.iterdir()} == {"step=4.ckpt", "step=6.ckpt", "last.ckpt"}
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    bench.finish(args)
+    assert "step=6.ckpt' is damaged (" in (bench.root / "log.txt").read_text()
+    # It was set aside, and it is still there.
+    newest.with_name("step=6.ckpt.damaged").unlink()
+    bench.assert_same("damaged", "sft")
+
+
+def test_what_is_another_run_is_refused(bench: Bench) -> None:
+    args = bench.sft("refused")
+    assert bench.run(args, Death("update", 4)) == KILLED
+    directory = bench.root / "refused" / "checkpoints"
+
+    def refusal(*more: str) -> str:
+        assert bench.run([*args, *more]) == 2
+        return (bench.root / "log.txt").read_text().splitlines()[-1]
+
+    assert "other settings (model.optimizer.lr is 0.01 there and 0.02 here)" in refusal("--model.optimizer.lr=2e-2")
+    assert "other settings (seed_everything is 0 there and 1 here)" in refusal("--seed_everything=1")
+    rows = (bench.root / "train.jsonl").read_text()
+    try:
+        (bench.root / "train.jsonl").write_text(rows.replace("ok", "no"))
+        assert "data.demonstrations: the train rows are not those that this run was begun with" in refusal()
+    finally:
+        (bench.root / "train.jsonl").write_text(rows)
+    whole = directory / "step=2.ckpt"
+    whole.write_bytes(whole.read_bytes()[:1000])
+    assert "holds no whole checkpoint (1 damaged" in refusal()
+    # Not even then does it begin anew by itself.
+    assert "holds no whole checkpoint that the run could go on from, but last.ckpt, step=2.ckpt.damaged" in refusal()

@@ -125,11 +125,11 @@ def make_trainer(run_dir: Path, *callbacks: Callback, checkpoint_every: int | No
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "log_every_n_steps": 1,
+        "enable_checkpointing": bool(checkpointing),
     }
     return Trainer(
         default_root_dir=run_dir,
         callbacks=[*callbacks, *checkpointing],
-        enable_checkpointing=bool(checkpointing),
         **(settings | kwargs),
     )
 
