@@ -179,7 +179,7 @@ class PairDataModule(RolloutDataModule):
         )
 
     @override
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
         assert self.trainer is not None
         for name, value in (
             ("prompts_per_rollout", self.num_prompts_wanted),

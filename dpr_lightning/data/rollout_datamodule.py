@@ -126,7 +126,7 @@ class RolloutDataModule(LightningDataModule):
                     f"data.class_path: {type(self).__name__} does not fit model.class_path "
                     f"{type(self.module).__name__}; take both from one recipe"
                 )
-            self._check_sizes()
+            self.check_sizes()
         if not self.prompts:
             self.prompts = self._load_prompts(demonstrations, self.template)
             for prompts in self.prompts.values():
@@ -334,7 +334,8 @@ class RolloutDataModule(LightningDataModule):
             )
         return taught or self.template or TextTemplate()
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
+        """Refuse sizes that do not divide; make the Trainer accumulate as they say."""
         trainer = self.trainer
         assert trainer is not None
         for name in ("prompts_per_rollout", "samples_per_prompt"):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lightning import Trainer
 from typing_extensions import override
 
 from dpr_lightning.application import CommandLine, command_line
+from dpr_lightning.data.loader import set_accumulation
+from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.errors import UserError
 from dpr_lightning.main import packaged_configs
 from dpr_lightning.models.adapters import LoRASettings, find_source
@@ -116,11 +119,13 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     is_cuda = trainer.accelerator in ("cuda", "gpu") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     if trainer.accelerator not in ("cuda", "gpu", "auto", "cpu"):
         raise UserError(f"trainer.accelerator: plan knows cuda and cpu, found '{trainer.accelerator}'")
+    parallel = _find_parallel(trainer)
+    check_sizes(line.datamodule, parallel, int(trainer.accumulate_grad_batches))
     return PlannedRun(
         module=module,
         data=line.datamodule,
         policies=Policies(config=config, backbone=backbone, frozen=kinds, precision=precision, is_foreach=is_cuda),
-        parallel=_find_parallel(trainer),
+        parallel=parallel,
         is_cuda=is_cuda,
         clips=bool(trainer.gradient_clip_val),
         keeps_gradients=trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0,
@@ -131,6 +136,24 @@ def read_run(args: Sequence[str]) -> PlannedRun:
         offloads_frozen=offloads_frozen(module),
         assumptions=tuple(assumptions),
     )
+
+
+def check_sizes(data: Any, parallel: Parallel, accumulate_grad_batches: int) -> None:
+    """Refuse sizes as ``fit`` does in its set-up.
+
+    Raises:
+        UserError: They do not divide.
+    """
+    ranks = {"num_replicas": parallel.num_devices, "rank": 0}
+    stand_in: Any = SimpleNamespace(
+        strategy=SimpleNamespace(distributed_sampler_kwargs=ranks), accumulate_grad_batches=accumulate_grad_batches
+    )
+    if isinstance(data, RolloutDataModule):
+        data.trainer = stand_in
+        data.check_sizes()
+        data.trainer = None
+    else:
+        set_accumulation(stand_in, global_batch_size=data.global_batch_size, micro_batch_size=data.micro_batch_size)
 
 
 def offloads_frozen(module: CausalLMModule) -> bool:

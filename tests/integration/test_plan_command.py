@@ -78,7 +78,10 @@ def test_real_sizes_are_planned_without_weights(backbone: str) -> None:
 def test_adapters_of_a_real_size_share_one_base() -> None:
     num_parameters, num_adapted = BACKBONES["mistral_7b_v0.1"]
     run = read_run(
-        [*files("recipe/dpr", "backbone/mistral_7b_v0.1", "hardware/gpu1"), "-c", str(CONFIGS / "lora.yaml")]
+        [
+            *files("recipe/dpr", "backbone/mistral_7b_v0.1", "hardware/gpu8"),
+            *("-c", str(CONFIGS / "lora.yaml"), "--trainer.strategy=ddp"),
+        ]
     )
     sizes = find_sizes(run, Given(num_rows=100, longest_prompt=24, longest_response=40))
     phase = Planner(run, sizes, GPUS["H100-80"]).plan("training")
@@ -129,6 +132,7 @@ def test_the_command_says_whether_it_fits(tmp_path: Path, demonstrations_file: s
     [
         (["--gpu_memory=-1"], "--gpu_memory: found -1.0; give more than 0"),
         (["--data.micro_batchsize=3"], "data.micro_batchsize: there is no such key"),
+        (["--data.global_batch_size=100"], "data.global_batch_size: 100 is no multiple of data.micro_batch_size 32"),
         (["--trainer.strategy=deepspeed"], "trainer.strategy: plan knows"),
         (["--model.backbone.name_or_path=some/model"], "the package knows the architecture of"),
     ],
