@@ -174,8 +174,8 @@ DEATHS = {
         Death("write", 2),
         Death("scoring", 4),
         Death("removal", 2, after=True),
-        Death("checksum"),
         Death("update", 1),
+        Death("checksum"),
     ],
 }
 
