@@ -173,8 +173,8 @@ DEATHS = {
         Death("rollout", 2),
         Death("write", 2),
         Death("scoring", 4),
-        Death("removal", 2, after=True),
         Death("update", 1),
+        Death("removal", 2, after=True),
         Death("checksum"),
     ],
 }
