@@ -173,9 +173,9 @@ DEATHS = {
         Death("rollout", 2),
         Death("write", 2),
         Death("scoring", 4),
+        Death("update", 1),
         Death("removal", 2, after=True),
         Death("checksum"),
-        Death("update", 1),
     ],
 }
 
