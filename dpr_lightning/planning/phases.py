@@ -168,9 +168,9 @@ class Planner:
         parts: dict[str, float] = {**dict.fromkeys(ORDER, 0.0), **peak}
         if name == "sft":
             parts[FROZEN] = 0.0
-        if run.offloads_frozen and name != "sft":
-            # One at a time comes to score.
-            parts[FROZEN] = self.model.weights if name == "scoring" and self.model.num_own else 0.0
+        if run.offloads_frozen and (name != "scoring" or parallel.strategy == "sharded"):
+            # Whole ones come to the device to score; of shards, a block at a time.
+            parts[FROZEN] = 0.0
         if parallel.strategy == "ddp" and not parallel.has_bucket_views:
             parts[BUCKETS] = self._after_step()[GRADIENTS]
         if parallel.strategy == "sharded":
@@ -186,8 +186,14 @@ class Planner:
         model = self.model
         for part in (WEIGHTS, FROZEN, GRADIENTS, MOMENTS):
             parts[part] /= num_devices
+        policies = self.run.policies
+        stored = getattr(torch, policies.backbone.dtype).itemsize
+        # Mixed precision gathers weights in 16 bits, and autocast then finds nothing to copy.
+        scale = 2 / stored if policies.precision == "bf16-mixed" else 1.0
+        if policies.precision == "bf16-mixed":
+            parts[COPIES] = 0.0
         if name == "rollout":
-            parts[GATHERED] = model.weights
+            parts[GATHERED] = scale * model.weights
             return
         if stage in ("optimizer", "gradient norms"):
             parts[ACTIVATIONS] /= num_devices
@@ -197,7 +203,7 @@ class Planner:
         whole = model.root + _PREFETCHED * model.block
         # In the backward a block's gradients are whole too, until they are scattered.
         is_backward = stage.startswith("backward") and model.num_trained == model.num_parameters
-        parts[GATHERED] = whole * (2 if is_backward else 1)
+        parts[GATHERED] = scale * whole * (2 if is_backward else 1)
 
     def stages(self, name: PhaseName, rows: int, prompt_tokens: int, response_tokens: int) -> Stages:
         """Return the stages of a phase at full depth, of a model that lies on one device as a whole."""

@@ -109,6 +109,10 @@ def read_run(args: Sequence[str]) -> PlannedRun:
     source, kinds, note = _find_policies(module, is_planned=bool(assumptions))
     assumptions += note
     backbone = module.backbone
+    if backbone.quantization is not None:
+        raise UserError(
+            "model.backbone.quantization: plan does not know bases in 4 bits; plan without it, which needs more"
+        )
     if backbone.lora is not None:
         backbone = dataclasses.replace(backbone, lora=_true_lora(source, backbone.lora))
     config, where = find_architecture(source, backbone)
