@@ -77,8 +77,9 @@ def build(directory: Path, name: str, tokens: tuple[int, int]) -> None:
 
     settings = MODELS[name] or published_architectures()["HuggingFaceTB/SmolLM2-135M"]
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(directory / "model")
-    tokenizer = AutoTokenizer.from_pretrained(locate("dpr_lightning/demo/backbone"))
-    tokenizer.save_pretrained(directory / "model")
+    AutoTokenizer.from_pretrained(locate("dpr_lightning/demo/backbone")).save_pretrained(directory / "model")
+    # Read back: the class depends on the model's family, and with it how many tokens a text has.
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
 
     def text(count: int, seed: int) -> str:
         words = f"{seed} "
