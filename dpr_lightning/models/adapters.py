@@ -31,6 +31,26 @@ ACTOR = "actor"
 FOLDER = "adapter"
 """Where a merged model's adapter lies inside the model's directory."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CHANGES_BASE = ("pissa", "corda", "olora", "mica", "loftq", "lora_ga")
+"""Initialisations after which the base is another model than the one that the adapter names."""
+_OTHER_UPDATES = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Settings of peft's under which an adapter is more, or other, than an update B A of linear layers' weights."""
 _PREFIX = "base_model.model."
 """Of the names in an adapter's file: those of peft's own wrapper, which this package does without."""
 
@@ -114,6 +134,7 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     """
     config = PeftConfig.from_pretrained(str(directory))
     assert isinstance(config, LoraConfig)
+    _refuse_other_kinds(config, directory)
     # The ratio pi / pi_old compares two forward passes.
     config.lora_dropout = 0.0
     _inject(model, name, config)
@@ -130,6 +151,19 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
         raise UserError(f"'{directory}' does not fit {type(model).__name__}: {error}") from error
+
+
+def _refuse_other_kinds(config: LoraConfig, directory: Path) -> None:
+    found = [key for key in _OTHER_UPDATES if getattr(config, key, None)]
+    found += [] if config.bias == "none" else ["bias"]
+    start = config.init_lora_weights
+    found += ["init_lora_weights"] if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE) else []
+    if found:
+        key = found[0]
+        raise UserError(
+            f"'{directory / _CONFIG}': {key} is {getattr(config, key)!r}; several policies share one base here, so an "
+            "adapter must be nothing but an update B A of linear layers. Merge it with peft, and give the merged model"
+        )
 
 
 def _inject(model: PreTrainedModel, name: str, config: LoraConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,7 +33,7 @@ class BackboneConfig:
     """Transformers directory or hub name; ``dpr_lightning/...`` lies in the installed package, wherever that is. SFT
     starts from it; DPR starts from its teacher instead and takes only the other settings from here."""
     model_class: type[PreTrainedModel] | None = None
-    """Class to load; None lets transformers choose its causal class. Name it where that choice is multimodal."""
+    """Class to load; None is transformers' causal class, of the text model where a checkpoint is multimodal."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the stored weights. Mixed precision is the Trainer's business; keep float32 master weights with it."""
     attn_implementation: str | None = None
@@ -139,10 +140,11 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
         load_adapter(model, "merged", source.adapter)
         return merge(model, "merged")
     config = load_config(name_or_path, backbone)
-    loader: Any = backbone.model_class or AutoModelForCausalLM
+    model_class = backbone.model_class or _text_class(config)
+    loader: Any = model_class or AutoModelForCausalLM
     key_mapping = None
-    if backbone.model_class is not None and hasattr(config, "text_config"):
-        expected = backbone.model_class.config_class
+    if model_class is not None and hasattr(config, "text_config"):
+        expected = model_class.config_class
         if expected is not None and not isinstance(config, expected):
             # A text-only class on a multimodal checkpoint: the text model's configuration, and its weights' names.
             config = config.get_text_config()
@@ -180,6 +182,17 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _text_class(config: Any) -> type[PreTrainedModel] | None:
+    """Return the causal class of a multimodal checkpoint's text model; None where the checkpoint is of text alone.
+
+    transformers would choose the multimodal class: a vision tower in memory, in the optimizer and in the export, of
+    which text trains nothing.
+    """
+    text = config.get_text_config()
+    found: type[PreTrainedModel] | None = None if text is config else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    return found
 
 
 def _quantization(backbone: BackboneConfig) -> BitsAndBytesConfig | None:

@@ -147,6 +147,57 @@ def test_an_adapter_made_by_peft_alone_loads(base_dir: Path, tmp_path: Path) -> 
     torch.testing.assert_close(logits(model.train()), logits(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_adapters_that_are_more_than_an_update_are_refused(
+    settings: dict[str, Any], base_dir: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    (key,) = settings
+    with pytest.raises(UserError, match=f"{key} is .*Merge it with peft"):
+        load_model(str(tmp_path / "theirs"), BackboneConfig(name_or_path=""))
+
+
+def test_ranks_scales_and_targets_may_differ_between_adapters_of_one_base(
+    base_dir: Path, tmp_path: Path, batch: TokenBatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    kinds = {
+        "teacher": LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+        "reference": LoraConfig(
+            r=2, lora_alpha=8, rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 5}, target_modules="all-linear"
+        ),
+    }
+    expected = {}
+    for seed, (name, config) in enumerate(kinds.items()):
+        theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config).eval()
+        move(theirs, "default", seed)
+        theirs.save_pretrained(tmp_path / name)
+        expected[name] = CausalPolicy(theirs.merge_and_unload())(batch).logp_N.detach()
+    where = {name: str(tmp_path / name) for name in kinds}
+    actor, frozen = load_policies(where["teacher"], where, lora(base_dir), chunk_size=8)
+    for name, policy in {"teacher": actor, **frozen}.items():
+        torch.testing.assert_close(policy(batch).logp_N.detach(), expected[name], rtol=1e-4, atol=1e-4)
+        if name in where:
+            alone = load_policy(where[name], BackboneConfig(name_or_path=""), chunk_size=8)
+            torch.testing.assert_close(alone(batch).logp_N.detach(), expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_shared_policies_say_what_whole_models_say(base_dir: Path, adapter_dirs: list[Path], batch: TokenBatch) -> None:
     sources = {"teacher": str(adapter_dirs[0]), "reference": str(adapter_dirs[1]), "base": str(base_dir)}
     actor, frozen = load_policies(sources["teacher"], sources, lora(base_dir), chunk_size=64)
