@@ -191,7 +191,10 @@ def _text_class(config: Any) -> type[PreTrainedModel] | None:
     which text trains nothing.
     """
     text = config.get_text_config()
-    found: type[PreTrainedModel] | None = None if text is config else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if text is config:
+        return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    assert not isinstance(found, tuple)
     return found
 
 

@@ -43,7 +43,7 @@ class CausalPolicy(nn.Module):
 
     Args:
         model: A transformers causal language model; its dropout is expected to be off.
-        chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
+        chunk_size: Response tokens in one tile of logits, which are 2**22 (16 MiB in float32) whatever V.
     """
 
     def __init__(self, model: PreTrainedModel, *, chunk_size: int = 1024) -> None:

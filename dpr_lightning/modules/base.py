@@ -50,7 +50,7 @@ class CausalLMModule(LightningModule):
         min_lr_ratio: Share of the learning rate that the schedule ends at.
         decoding: How ``validate``, ``test`` and ``predict`` draw responses.
         sampler: What draws them, and the rollouts.
-        logprob_chunk_size: Response tokens whose [chunk, V] float32 logits exist at one time.
+        logprob_chunk_size: Response tokens in one tile of logits, which are 2**22 (16 MiB in float32) whatever V.
         prediction_seed: Seed of ``predict`` and of sampled validation.
         metrics: Figures of the responses to ``data.evaluation_prompts``, or to the held-out prompts where there are
             none; logged by ``validate`` and ``test`` under their names.

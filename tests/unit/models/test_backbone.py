@@ -138,7 +138,10 @@ def test_lm_head_refuses_an_output_layer_that_is_not_linear(tiny_model: Callable
     ("is_first_layout", "model_class"), [(True, Gemma3ForCausalLM), (False, Gemma3ForCausalLM), (False, None)]
 )
 def test_text_only_class_reads_a_multimodal_checkpoint(
-    is_first_layout: bool, model_class: type[PreTrainedModel] | None, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+    is_first_layout: bool,
+    model_class: type[PreTrainedModel] | None,
+    tiny_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
 ) -> None:
     text = tiny_model("gemma3").config
     vision = {
