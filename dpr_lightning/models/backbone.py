@@ -220,8 +220,10 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def lm_head(model: PreTrainedModel) -> LMHead:
+def lm_head(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LMHead:
     """Return the output layer of ``model``: weight [V, D], bias, and what its family does to the logits after it.
+
+    In ``dtype``, that of hidden states, which under autocast is not the weights' own; None keeps theirs.
 
     Softcapping is Gemma 2's ``final_logit_softcapping``; ``logit_scale`` is Cohere's, ``logits_scaling`` Granite's.
     """
@@ -233,8 +235,8 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return LMHead(
-        weight_VD=layer.weight,
-        bias_V=layer.bias,
+        weight_VD=layer.weight if dtype is None else layer.weight.to(dtype),
+        bias_V=layer.bias if dtype is None or layer.bias is None else layer.bias.to(dtype),
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=float(scale),
     )

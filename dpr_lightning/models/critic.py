@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from dpr_lightning.models import ragged
 from dpr_lightning.models.backbone import BackboneConfig, lm_head, load_model
 from dpr_lightning.models.parallel import most, shard
 from dpr_lightning.models.policies import states_before_tokens
@@ -29,6 +30,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel, *, hidden_size: int) -> None:
         super().__init__()
+        ragged.enable(decoder)
         self.decoder = decoder
         self.head = nn.Linear(hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)

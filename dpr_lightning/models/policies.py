@@ -16,6 +16,7 @@ from typing_extensions import override
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead, TokenLogprobs, token_logprobs
 from dpr_lightning.manifest import is_complete, read_manifest, tokenizer_fingerprint
+from dpr_lightning.models import ragged
 from dpr_lightning.models.adapters import (
     ACTOR,
     adapter_parameters,
@@ -48,6 +49,7 @@ class CausalPolicy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, chunk_size: int = 1024) -> None:
         super().__init__()
+        ragged.enable(model)
         self.model = model
         self.chunk_size = chunk_size
         self._device: torch.device | None = None
@@ -73,13 +75,7 @@ class CausalPolicy(nn.Module):
 
     def head(self, hidden_ND: Tensor) -> LMHead:
         """Return the output layer in the type of ``hidden_ND``, which under autocast is not the weights' own."""
-        head = lm_head(self.model)
-        return LMHead(
-            weight_VD=head.weight_VD.to(hidden_ND.dtype),
-            bias_V=None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype),
-            logit_softcap=head.logit_softcap,
-            logit_scale=head.logit_scale,
-        )
+        return lm_head(self.model, dtype=hidden_ND.dtype)
 
     def forward(self, batch: TokenBatch, *, with_entropy: bool = False) -> TokenLogprobs:
         """Return log-probability, logsumexp and (on request) entropy of the N response tokens of ``batch``."""
@@ -146,11 +142,18 @@ class AdapterPolicy(CausalPolicy):
         assert not any(parameter.requires_grad for parameter in own), "a frozen adapter has gradients on"
 
 
-def states_before_tokens(decoder: nn.Module, batch: TokenBatch) -> Tensor:
+def states_before_tokens(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """Return [N, D]: a decoder's last hidden state before each response token, in row-major order of the mask.
 
+    Without padding where the decoder takes layouts (:mod:`dpr_lightning.models.ragged`), else as it is padded.
     Positions count attended tokens only, so padding on the left and on the right give the same states.
     """
+    if ragged.is_enabled(decoder):
+        mask_BT = batch.attention_mask_BT
+        layout = ragged.PackedLayout.of(mask_BT)
+        hidden_ND = ragged.run(decoder, batch.input_ids_BT[mask_BT], layout.position_N(), layout)
+        # The token before a response's token is its neighbour in the flat row too.
+        return hidden_ND[:-1][batch.response_mask_BT[mask_BT][1:]]
     position_ids_BT = (batch.attention_mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)
     hidden_BTD: Tensor = decoder(
         input_ids=batch.input_ids_BT,
@@ -171,7 +174,9 @@ def load_policy(name_or_path: str, backbone: BackboneConfig, *, chunk_size: int)
     """Load a model as a policy and check that its output layer is understood."""
     model = load_model(name_or_path, backbone)
     check_lm_head(model)
-    return CausalPolicy(model, chunk_size=chunk_size)
+    policy = CausalPolicy(model, chunk_size=chunk_size)
+    ragged.verify(model)
+    return policy
 
 
 def load_policies(

@@ -1,24 +1,50 @@
-"""Batched sampling with transformers' forward and key-value cache.
+"""Sampling with transformers' models by continuous batching: a response that ends makes room for the next prompt.
 
-Prompts are grouped by length and padded on the left, so that every row's next token is in the last column. Rows leave
-the batch when they end: once a quarter of it has, the cache is cut down to the rest, so the cost follows the tokens
-that are really drawn and not the longest response times the batch. The draw itself is exact: float32 softmax of the
-tempered logits and one exponential race per row (argmax of p / Exp(1) is distributed as p).
+A rollout has ``batch_size`` slots. Every forward takes one token of each running response and, for slots that have
+come free, whole prompts beside them, without padding. A prompt that another slot holds is not read again: its keys and
+values are copied. So the cost follows the tokens that are drawn, and not the longest response times the batch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from dpr_lightning.models import ragged
+from dpr_lightning.models.backbone import lm_head
+from dpr_lightning.rollout.draws import draw, row_uniforms
+from dpr_lightning.rollout.padded import decode_padded
 from dpr_lightning.rollout.sampler import Samples
+from dpr_lightning.rollout.slots import Copy, SlotCache
 from dpr_lightning.types import SamplingConfig
 
-_COMPACT_AT = 0.75
-"""The cache is cut when this share of its rows, or less, is still alive: copying it costs about one step."""
+PROMPT_TOKENS = 8192
+"""Tokens of prompts that one forward reads at most, but for a single prompt that is longer."""
+
+
+@dataclass(slots=True)
+class _Response:
+    """A response that is being written."""
+
+    row: int
+    prompt: tuple[int, ...]
+    uniforms: list[float]
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of the token that the next forward takes: the last one drawn, or of the prompt where none is."""
+        return len(self.prompt) + len(self.ids) - 1
+
+    @property
+    def last_id(self) -> int:
+        return self.ids[-1] if self.ids else self.prompt[-1]
 
 
 class TransformersSampler:
@@ -35,117 +61,117 @@ class TransformersSampler:
         seed: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
-        """Draw one response per prompt; see ``Sampler.sample``."""
-        _check(prompts)
-        responses: list[list[int]] = [[] for _ in prompts]
-        logps: list[list[float]] = [[] for _ in prompts]
-        truncated = [False] * len(prompts)
-        generator = torch.Generator(device=model.device).manual_seed(seed)
+        """Draw one response per prompt; see ``Sampler.sample``.
+
+        Each row has random numbers of its own, so that its response does not depend on ``batch_size`` nor on the other
+        rows, but for rounding.
+        """
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("a prompt is empty: there is no state to sample from")
+        rows = [
+            _Response(row, tuple(prompt), row_uniforms(seed, row, config.max_new_tokens))
+            for row, prompt in enumerate(prompts)
+        ]
         was_training = model.training
         model.eval()
         try:
-            by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-            for start in range(0, len(by_length), config.batch_size):
-                rows = by_length[start : start + config.batch_size]
-                ids_BT, logp_BT, length_B, truncated_B = _decode(
-                    model, [prompts[row] for row in rows], config, eos_token_id, generator
-                )
-                for row, ids, logp, length, cut in zip(
-                    rows, ids_BT.tolist(), logp_BT.tolist(), length_B.tolist(), truncated_B.tolist(), strict=True
-                ):
-                    responses[row], logps[row], truncated[row] = ids[:length], logp[:length], cut
-                if on_progress is not None:
-                    on_progress(len(rows))
+            decode = _decode if ragged.enable(model) else decode_padded
+            decode(model, rows, config, eos_token_id, on_progress or (lambda _: None))
         finally:
             model.train(was_training)
-        return Samples(response_ids=responses, logp=logps, is_truncated=truncated)
-
-
-def _check(prompts: Sequence[Sequence[int]]) -> None:
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty: there is no state to sample from")
+        return Samples(
+            response_ids=[row.ids for row in rows],
+            logp=[row.logps for row in rows],
+            is_truncated=[row.ids[-1] != eos_token_id for row in rows],
+        )
 
 
 def _decode(
     model: PreTrainedModel,
-    prompts: list[Sequence[int]],
+    rows: Sequence[_Response],
     config: SamplingConfig,
     eos_token_id: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Decode one batch: ids and log-probs [B, max_new_tokens], lengths [B], truncated [B]."""
+    on_progress: Callable[[int], object],
+) -> None:
+    decoder = model.get_decoder()
     device = model.device
-    width, num_rows = max(map(len, prompts)), len(prompts)
-    input_BT = torch.full((num_rows, width), eos_token_id, dtype=torch.long)
-    mask_BT = torch.zeros((num_rows, width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_BT[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
-    input_BT, mask_BT = input_BT.to(device), mask_BT.to(device)
-    position_BT = (mask_BT.cumsum(dim=1) - 1).clamp_(min=0)
+    longest = max((len(row.prompt) for row in rows), default=0) + config.max_new_tokens
+    cache = SlotCache(min(config.batch_size, len(rows)), longest, device)
+    waiting = deque(rows)
+    running: list[_Response] = []
+    head = None
+    while waiting or running:
+        known, new = _admit(waiting, running, cache.num_slots)
+        copies = _copies(running, known, new)
+        running += known
+        position_N, lasts = cache.plan([row.position for row in running], [len(row.prompt) for row in new], copies)
+        ids = [row.last_id for row in running] + [token for row in new for token in row.prompt]
+        running += new
+        hidden_ND = ragged.run(decoder, torch.tensor(ids, device=device), position_N, cache)
+        if new:
+            hidden_ND = hidden_ND[lasts]
+        with torch.autocast(device.type, enabled=False):
+            if head is None:
+                head = lm_head(model, dtype=hidden_ND.dtype)
+            logits_NV = head.logits(hidden_ND)
+        uniform_N = torch.tensor([row.uniforms[len(row.ids)] for row in running], dtype=torch.float64)
+        token_N, logp_N = draw(logits_NV, uniform_N, config)
+        for row, token, logp in zip(running, token_N.tolist(), logp_N.tolist(), strict=True):
+            row.ids.append(token)
+            row.logps.append(logp)
+        running = _leave(running, cache, config.max_new_tokens, eos_token_id, on_progress)
 
-    ids_BT = torch.zeros((num_rows, config.max_new_tokens), dtype=torch.long, device=device)
-    logp_BT = torch.zeros((num_rows, config.max_new_tokens), dtype=torch.float32, device=device)
-    length_B = torch.full((num_rows,), config.max_new_tokens, dtype=torch.long, device=device)
-    truncated_B = torch.ones((num_rows,), dtype=torch.bool, device=device)
-    row_B = torch.arange(num_rows, device=device)
-    """Which row of the output each row of the cache writes to."""
-    alive_B = torch.ones((num_rows,), dtype=torch.bool, device=device)
 
-    cache = DynamicCache(config=model.config)
-    for step in range(config.max_new_tokens):
-        logits_BV: Tensor = model(
-            input_ids=input_BT,
-            attention_mask=mask_BT,
-            position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        token_B, token_logp_B = draw(logits_BV.float(), config, generator)
-        ids_BT[row_B[alive_B], step] = token_B[alive_B]
-        logp_BT[row_B[alive_B], step] = token_logp_B[alive_B]
-        ended_B = alive_B & (token_B == eos_token_id)
-        length_B[row_B[ended_B]] = step + 1
-        truncated_B[row_B[ended_B]] = False
-        alive_B = alive_B & ~ended_B
-
-        num_alive = int(alive_B.sum())
-        if num_alive == 0 or step + 1 == config.max_new_tokens:
+def _admit(
+    waiting: deque[_Response], running: Sequence[_Response], num_slots: int
+) -> tuple[list[_Response], list[_Response]]:
+    """Take rows for the free slots: those whose prompt a slot holds or will hold, and those that must be read."""
+    known: list[_Response] = []
+    new: list[_Response] = []
+    prompts = {row.prompt for row in running}
+    num_tokens = 0
+    while waiting and len(running) + len(known) + len(new) < num_slots:
+        row = waiting[0]
+        if len(row.prompt) > 1 and row.prompt in prompts:
+            known.append(waiting.popleft())
+            continue
+        num_tokens += len(row.prompt)
+        if new and num_tokens > PROMPT_TOKENS:
             break
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones((mask_BT.shape[0], 1))], dim=1)
-        input_BT, position_BT = token_B.unsqueeze(1), position_BT[:, -1:] + 1
-        if num_alive <= _COMPACT_AT * len(alive_B):
-            kept_B = alive_B.nonzero().squeeze(1)
-            cache.batch_select_indices(kept_B)
-            mask_BT, input_BT, position_BT = mask_BT[kept_B], input_BT[kept_B], position_BT[kept_B]
-            row_B, alive_B = row_B[kept_B], alive_B[kept_B]
-    return ids_BT, logp_BT, length_B, truncated_B
+        new.append(waiting.popleft())
+        prompts.add(row.prompt)
+    return known, new
 
 
-def draw(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of float32 logits; return ids [B] and their log-probabilities [B]."""
-    if config.temperature == 0:
-        logp_BV = logits_BV.log_softmax(dim=-1)
-        token_B = logits_BV.argmax(dim=-1)
-    else:
-        logits_BV = _truncate(logits_BV / config.temperature, top_p=config.top_p, top_k=config.top_k)
-        logp_BV = logits_BV.log_softmax(dim=-1)
-        race_BV = torch.empty_like(logp_BV).exponential_(generator=generator)
-        token_B = (logp_BV - race_BV.log_()).argmax(dim=-1)
-    return token_B, logp_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+def _copies(running: Sequence[_Response], known: Sequence[_Response], new: Sequence[_Response]) -> list[Copy]:
+    """Say which slot the rows of known prompts take keys and values from: all but those of the prompt's last token."""
+    if not known:
+        return []
+    slots = {row.prompt: len(running) + len(known) + number for number, row in enumerate(new)}
+    slots |= {row.prompt: number for number, row in enumerate(running)}
+    targets: dict[int, list[int]] = {}
+    for number, row in enumerate(known):
+        targets.setdefault(slots[row.prompt], []).append(len(running) + number)
+    length = {slots[row.prompt]: len(row.prompt) - 1 for row in known}
+    return [Copy(source=source, targets=found, length=length[source]) for source, found in targets.items()]
 
 
-def _truncate(logits_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """Set logits outside the top-k and the nucleus to minus infinity; the most likely token always stays."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        threshold_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
-    if top_p < 1:
-        sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
-        prob_BV = sorted_BV.softmax(dim=-1)
-        # A token goes when the mass before it already reaches top_p.
-        is_outside_BV = prob_BV.cumsum(dim=-1) - prob_BV >= top_p
-        is_outside_BV[:, 0] = False
-        logits_BV = logits_BV.masked_fill(is_outside_BV.scatter(1, index_BV, is_outside_BV), -torch.inf)
-    return logits_BV
+def _leave(
+    running: list[_Response],
+    cache: SlotCache,
+    max_new_tokens: int,
+    eos_token_id: int,
+    on_progress: Callable[[int], object],
+) -> list[_Response]:
+    """Let finished responses go, and move the last slots into theirs; return who is in which slot."""
+    is_done = [len(row.ids) == max_new_tokens or row.ids[-1] == eos_token_id for row in running]
+    num_left = len(running) - sum(is_done)
+    if num_left == len(running):
+        return running
+    holes = [slot for slot in range(num_left) if is_done[slot]]
+    movers = [slot for slot in range(num_left, len(running)) if not is_done[slot]]
+    cache.move(movers, holes, max((running[slot].position for slot in movers), default=0))
+    for source, target in zip(movers, holes, strict=True):
+        running[target] = running[source]
+    on_progress(len(running) - num_left)
+    return running[:num_left]
