@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -75,7 +75,7 @@ class PackedLayout(Layout):
         """Whether all rows are of one length."""
         return len(self.place_N) == self.num_rows * self.num_columns
 
-    def position_N(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Return [N] int64: each token's number in its sequence, from 0."""
         return self.place_N % self.num_columns
 
@@ -85,10 +85,10 @@ class PackedLayout(Layout):
     ) -> Tensor:
         query, key, value = (self._pad(states) for states in (query_NHE, key_NKE, value_NKE))
         mask = causal_window(self.num_columns, window, query.device) if _cuts(window, self.num_columns) else None
-        out_BHTE = F.scaled_dot_product_attention(
+        out_BHTE = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=_is_grouped(query, key)
         )
-        out = out_BHTE.transpose(1, 2).flatten(0, 1)
+        out: Tensor = out_BHTE.transpose(1, 2).flatten(0, 1)
         return out if self.is_full else out.index_select(0, self.place_N)
 
     def _pad(self, states: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def verify(model: PreTrainedModel) -> bool:
     ids_BT = torch.arange(8, device=model.device).reshape(2, 4) % config.vocab_size
     mask_BT = torch.tensor([[True, True, True, True], [True, True, False, False]], device=model.device)
     layout = _RecordingLayout.recording(mask_BT)
-    found_ND = run(decoder, ids_BT[mask_BT], layout.position_N(), layout)
+    found_ND = run(decoder, ids_BT[mask_BT], layout.positions(), layout)
     expected_ND = decoder(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state[mask_BT]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers

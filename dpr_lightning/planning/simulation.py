@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from typing_extensions import override
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dpr_lightning.models import ragged
 from dpr_lightning.models.adapters import ACTOR, add_adapter, train_only
 from dpr_lightning.models.backbone import BackboneConfig, disable_dropout, lm_head
 from dpr_lightning.models.critic import ValueModel
@@ -28,9 +28,9 @@ from dpr_lightning.modules.dpr import DPRModule
 from dpr_lightning.modules.pairs import PairModule
 from dpr_lightning.modules.ppo import PPOModule
 from dpr_lightning.planning.batches import Shape, rollouts, training_batch
-from dpr_lightning.planning.tracker import CACHE, FROZEN, GRADIENTS, MOMENTS, WEIGHTS, Stage, Tracker
+from dpr_lightning.planning.decoding import BETWEEN, decode_padded, decode_slots
+from dpr_lightning.planning.tracker import FROZEN, GRADIENTS, MOMENTS, WEIGHTS, Stage, Tracker
 from dpr_lightning.rollout.scoring import token_values
-from dpr_lightning.rollout.transformers_sampler import draw
 from dpr_lightning.types import SamplingConfig
 
 Kind = Literal["model", "adapter", "base"]
@@ -61,9 +61,6 @@ class Policies:
     precision: str = "32-true"
     is_foreach: bool = False
     """The optimizer works on all weights at once, which it does by default on a GPU."""
-
-
-_BETWEEN = "not of the program"
 
 
 class Simulation:
@@ -299,53 +296,24 @@ class Simulation:
             late_tokens: Tokens of prompt and response before the token; None is all but the last.
         """
         model = self.module.actor.model
-        rows, width = shape.rows, shape.prompt_tokens
-        late = late_tokens if late_tokens is not None else width + shape.response_tokens - 1
+        late = late_tokens if late_tokens is not None else shape.prompt_tokens + shape.response_tokens - 1
         self.tracker.stages.clear()
         model.eval()
+        place = ""
+
+        def begin(name: str) -> None:
+            nonlocal place
+            place = name
+            self.tracker.begin(name)
+
         # Keys and values of all blocks are there when the last one begins; in a first block there are none.
-        last = find_layers(model)[-1].register_forward_pre_hook(
-            lambda *_: self.tracker.begin(f"{self._place}, last block")
-        )
-        self._place = "rollout: prompts"
+        last = find_layers(model)[-1].register_forward_pre_hook(lambda *_: self.tracker.begin(f"{place}, last block"))
+        decode = decode_slots if ragged.is_enabled(model) else decode_padded
         with torch.no_grad(), self.tracker, self._forward():
-            self.tracker.begin(self._place)
-            mask_BT = torch.ones((rows, late + 1), dtype=torch.long)
-            mask_BT[: rows // 2, 0] = 0
-            cache = _Cache(model, self.tracker)
-            self._decode(model, cache, mask_BT[:, :width], width, sampling)
-            self.tracker.begin(_BETWEEN)
-            late_cache = _Cache(model, self.tracker)
-            for number, layer in enumerate(cache.layers):
-                keys, values = _states(layer)
-                # In two parts, because a layer with a window forgets when it is given more.
-                for length in (late - 1, 1):
-                    late_cache.update(
-                        keys.new_empty((*keys.shape[:2], length, keys.shape[3])),
-                        values.new_empty((*values.shape[:2], length, values.shape[3])),
-                        number,
-                    )
-            del cache, layer, keys, values
-            self._place = "rollout: last token"
-            self.tracker.begin(self._place)
-            self._decode(model, late_cache, mask_BT, 1, sampling)
+            decode(model, self.tracker, begin, shape, late, sampling)
         last.remove()
         model.train()
-        return {name: stage for name, stage in self.tracker.stages.items() if name != _BETWEEN}
-
-    def _decode(
-        self, model: PreTrainedModel, cache: _Cache, mask_BT: Tensor, width: int, sampling: SamplingConfig
-    ) -> None:
-        position_BT = (mask_BT.cumsum(dim=1) - 1).clamp_(min=0)
-        logits_BV = model(
-            input_ids=torch.ones((len(mask_BT), width), dtype=torch.long),
-            attention_mask=mask_BT,
-            position_ids=position_BT[:, -width:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        draw(logits_BV.float(), sampling, torch.Generator())
+        return {name: stage for name, stage in self.tracker.stages.items() if not name.startswith(BETWEEN)}
 
 
 def _loss_alone(out: Any, batch: Any, batch_idx: int) -> Tensor:
@@ -358,26 +326,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-class _Cache(DynamicCache):
-    """The sampler's cache, whose tensors are known for what they are."""
-
-    def __init__(self, model: PreTrainedModel, tracker: Tracker) -> None:
-        super().__init__(config=model.config)
-        self._tracker = tracker
-
-    @override
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._tracker.tag(_states(self.layers[layer_idx]), CACHE)
-        return out
-
-
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """Return the blocks of a decoder: the longest list of modules in it."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len)
-
-
-def _states(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a cache's layer that has been given some."""
-    return layer.keys, layer.values

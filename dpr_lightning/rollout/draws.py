@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpr_lightning.errors import NonFiniteError
 from dpr_lightning.types import SamplingConfig
 
 _BLOCK = 256
@@ -17,7 +20,8 @@ def row_uniforms(seed: int, row: int, count: int) -> list[float]:
 
     They follow from the two numbers alone: a response does not depend on which others are sampled beside it.
     """
-    return np.random.default_rng([seed % 2**64, row]).random(count).tolist()
+    values: list[float] = np.random.default_rng([seed % 2**64, row]).random(count).tolist()
+    return values
 
 
 def draw(logits_NV: Tensor, uniform_N: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -32,7 +36,8 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, config: SamplingConfig) -> tuple[
         config: Temperature and truncation.
 
     Returns:
-        [N] int64 ids, and [N] float32 log-probabilities under the distribution that they are drawn from.
+        [N] int64 ids, and [N] float32 log-probabilities under the distribution that they are drawn from: NaN where
+        the logits have no distribution.
     """
     if config.temperature == 0:
         token_N = logits_NV.argmax(dim=-1)
@@ -55,11 +60,28 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, config: SamplingConfig) -> tuple[
     return block_N * _BLOCK + column_N, logp_N.float()
 
 
+def finite(logp_N: Tensor) -> list[float]:
+    """Return log-probabilities of drawn tokens as numbers, before anything is done with the tokens.
+
+    Raises:
+        NonFiniteError: Some are NaN.
+    """
+    logps: list[float] = logp_N.tolist()
+    if any(map(math.isnan, logps)):
+        raise NonFiniteError(
+            "the policy's logits are not finite, so nothing can be drawn from it: its weights, or the precision in "
+            "which it runs, have broken down"
+        )
+    return logps
+
+
 def _find(sum_NS: Tensor, value_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return [N] the first entry of growing sums that is above each value, and [N] by how much it is above the last."""
     value_N = torch.minimum(value_N, sum_NS[:, -1] * _BELOW_ONE)
     index_N1 = torch.searchsorted(sum_NS, value_N[:, None], right=True)
     before_N1 = torch.where(index_N1 > 0, sum_NS.gather(1, (index_N1 - 1).clamp_(min=0)), 0.0)
+    # No entry is above NaN.
+    index_N1 = index_N1.clamp_(max=sum_NS.shape[1] - 1)
     return index_N1.squeeze(1), value_N - before_N1.squeeze(1)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from dpr_lightning.rollout.draws import draw
+from dpr_lightning.rollout.draws import draw, finite
 from dpr_lightning.types import SamplingConfig
 
 _COMPACT_AT = 0.75
@@ -66,7 +66,7 @@ def _decode(model: PreTrainedModel, rows: Sequence[Response], config: SamplingCo
         ).logits[:, -1]
         uniform_B = torch.tensor([row.uniforms[step] for row in cached], dtype=torch.float64)
         token_B, logp_B = draw(logits_BV.float(), uniform_B, config)
-        for number, (row, token, logp) in enumerate(zip(cached, token_B.tolist(), logp_B.tolist(), strict=True)):
+        for number, (row, token, logp) in enumerate(zip(cached, token_B.tolist(), finite(logp_B), strict=True)):
             if alive[number]:
                 row.ids.append(token)
                 row.logps.append(logp)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from dpr_lightning.models.ragged import Layout, PackedLayout
@@ -134,7 +134,7 @@ class SlotCache(Layout):
         if first:
             # Heads of one group are rows of one product, so keys need not be repeated.
             query = query_NHE[:first].unflatten(1, (key_NKE.shape[1], -1))
-            out = F.scaled_dot_product_attention(
+            out = scaled_dot_product_attention(
                 query,
                 keys[:first, :, : plan.num_columns],
                 values[:first, :, : plan.num_columns],

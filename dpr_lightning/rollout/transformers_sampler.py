@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpr_lightning.models import ragged
 from dpr_lightning.models.backbone import lm_head
-from dpr_lightning.rollout.draws import draw, row_uniforms
+from dpr_lightning.rollout.draws import draw, finite, row_uniforms
 from dpr_lightning.rollout.padded import decode_padded
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.rollout.slots import Copy, SlotCache
@@ -65,6 +64,9 @@ class TransformersSampler:
 
         Each row has random numbers of its own, so that its response does not depend on ``batch_size`` nor on the other
         rows, but for rounding.
+
+        Raises:
+            NonFiniteError: The model's logits are not numbers.
         """
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt is empty: there is no state to sample from")
@@ -116,7 +118,7 @@ def _decode(
             logits_NV = head.logits(hidden_ND)
         uniform_N = torch.tensor([row.uniforms[len(row.ids)] for row in running], dtype=torch.float64)
         token_N, logp_N = draw(logits_NV, uniform_N, config)
-        for row, token, logp in zip(running, token_N.tolist(), logp_N.tolist(), strict=True):
+        for row, token, logp in zip(running, token_N.tolist(), finite(logp_N), strict=True):
             row.ids.append(token)
             row.logps.append(logp)
         running = _leave(running, cache, config.max_new_tokens, eos_token_id, on_progress)

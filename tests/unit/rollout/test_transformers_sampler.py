@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from dpr_lightning.errors import NonFiniteError
+from dpr_lightning.models import ragged
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
+from dpr_lightning.rollout import transformers_sampler
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
@@ -158,6 +161,82 @@ def test_the_same_seed_gives_the_same_samples(tiny_model: Callable[..., PreTrain
     assert sample(model, PROMPTS, seed=4, max_new_tokens=16, batch_size=4).response_ids != first.response_ids
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_response_depends_on_its_row_alone(
+    family: str, attention: str, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    # "eager" takes the way of models without layouts.
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    expected = sample(model, prompts, seed=5, max_new_tokens=16, batch_size=len(prompts))
+    assert ragged.is_enabled(model) is (attention == "sdpa")
+    for batch_size in (1, 2, 7):
+        found = sample(model, prompts, seed=5, max_new_tokens=16, batch_size=batch_size)
+        assert found.response_ids == expected.response_ids
+        for logps, others in zip(found.logp, expected.logp, strict=True):
+            assert logps == pytest.approx(others, abs=1e-4)
+    assert sample(model, prompts[:4], seed=5, max_new_tokens=16).response_ids == expected.response_ids[:4]
+    # Samples of one prompt differ.
+    assert len({tuple(ids) for ids in expected.response_ids}) > len(PROMPTS)
+
+
+def test_with_and_without_layouts_the_samples_are_the_same(
+    family: str, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    first, other = tiny_model(family), tiny_model(family)
+    other.set_attn_implementation("eager")
+    expected = sample(first, PROMPTS * 2, max_new_tokens=24, batch_size=6)
+    found = sample(other, PROMPTS * 2, max_new_tokens=24, batch_size=6)
+    assert (ragged.is_enabled(first), ragged.is_enabled(other)) == (True, False)
+    assert found.response_ids == expected.response_ids
+
+
+class _CountTokens:
+    """Counts the tokens that go through a model's blocks, and the forwards."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.forwards: list[int] = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: self.forwards.append(args[0].numel()))
+
+
+def test_only_tokens_that_are_needed_go_through_the_model(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model("llama")
+    counted = _CountTokens(model)
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    samples = sample(model, prompts, max_new_tokens=16, batch_size=8)
+    lengths = [len(ids) for ids in samples.response_ids]
+    # The last token drawn is never read, and the first needs no forward but that of the prompt, or of its last token.
+    decoded = sum(length - 1 for length in lengths)
+    # Each distinct prompt is read at least once, and again only where no slot still holds it.
+    read_once = sum(map(len, PROMPTS))
+    known = len(prompts) - len(PROMPTS)
+    assert sum(counted.forwards) < decoded + 1.5 * read_once + known
+    assert sum(counted.forwards) >= decoded + read_once + known - sum(len(prompt) == 1 for prompt in PROMPTS)
+    # All slots are busy until no prompt waits any more.
+    assert max(counted.forwards[4:-16]) >= 8
+    assert len(counted.forwards) <= sum(lengths) / 8 + 16
+
+
+def test_long_prompts_are_read_in_several_forwards(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen2").double()
+    expected = sample(model, PROMPTS, max_new_tokens=8)
+    monkeypatch.setattr(transformers_sampler, "PROMPT_TOKENS", 10)
+    counted = _CountTokens(model)
+    assert sample(model, PROMPTS, max_new_tokens=8).response_ids == expected.response_ids
+    assert max(counted.forwards) <= 12 + len(PROMPTS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_broken_down_is_named(temperature: float, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        sample(model, PROMPTS, max_new_tokens=3, temperature=temperature)
+
+
 def test_eos_comes_once_and_last_and_truncation_is_marked(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model("llama")
     samples = sample(model, PROMPTS * 20, max_new_tokens=16, batch_size=64)
@@ -210,7 +289,8 @@ def test_progress_counts_every_prompt(tiny_model: Callable[..., PreTrainedModel]
         seed=0,
         on_progress=steps.append,
     )
-    assert steps == [4, 4, 2]
+    assert sum(steps) == len(PROMPTS)
+    assert min(steps) > 0
 
 
 def test_no_prompts_give_no_samples(tiny_model: Callable[..., PreTrainedModel]) -> None:
