@@ -42,6 +42,10 @@ class LMHead:
         logits_NV = hidden_ND @ self.weight_VD.T
         if self.bias_V is not None:
             logits_NV = logits_NV + self.bias_V
+        return self.shape(logits_NV)
+
+    def shape(self, logits_NV: Tensor) -> Tensor:
+        """Return [N, V] products with the weight, bias added, in the wide type and as the family changes them."""
         logits_NV = logits_NV.to(_wide(logits_NV.dtype))
         if self.logit_scale != 1.0:
             logits_NV = logits_NV * self.logit_scale

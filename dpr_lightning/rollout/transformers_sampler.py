@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpr_lightning.models import ragged
 from dpr_lightning.models.backbone import lm_head
 from dpr_lightning.rollout.draws import draw, finite, row_uniforms
+from dpr_lightning.rollout.packed import packed_head, packed_linears
 from dpr_lightning.rollout.padded import decode_padded
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.rollout.slots import Copy, SlotCache
@@ -78,7 +80,8 @@ class TransformersSampler:
         model.eval()
         try:
             decode = _decode if ragged.enable(model) else decode_padded
-            decode(model, rows, config, eos_token_id, on_progress or (lambda _: None))
+            with packed_linears(model.get_decoder()):
+                decode(model, rows, config, eos_token_id, on_progress or (lambda _: None))
         finally:
             model.train(was_training)
         return Samples(
@@ -101,7 +104,7 @@ def _decode(
     cache = SlotCache(min(config.batch_size, len(rows)), longest, device)
     waiting = deque(rows)
     running: list[_Response] = []
-    head = None
+    logits_of: Callable[[Tensor], Tensor] | None = None
     while waiting or running:
         known, new = _admit(waiting, running, cache.num_slots)
         copies = _copies(running, known, new)
@@ -113,9 +116,9 @@ def _decode(
         if new:
             hidden_ND = hidden_ND[lasts]
         with torch.autocast(device.type, enabled=False):
-            if head is None:
-                head = lm_head(model, dtype=hidden_ND.dtype)
-            logits_NV = head.logits(hidden_ND)
+            if logits_of is None:
+                logits_of = packed_head(lm_head(model, dtype=hidden_ND.dtype))
+            logits_NV = logits_of(hidden_ND)
         uniform_N = torch.tensor([row.uniforms[len(row.ids)] for row in running], dtype=torch.float64)
         token_N, logp_N = draw(logits_NV, uniform_N, config)
         for row, token, logp in zip(running, token_N.tolist(), finite(logp_N), strict=True):
