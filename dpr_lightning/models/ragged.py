@@ -96,7 +96,7 @@ class PackedLayout(Layout):
         if not self.is_full:
             empty = states.new_zeros((self.num_rows * self.num_columns, *states.shape[1:]))
             states = empty.index_copy(0, self.place_N, states)
-        return states.unflatten(0, (self.num_rows, self.num_columns)).transpose(1, 2)
+        return states.reshape(self.num_rows, self.num_columns, *states.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

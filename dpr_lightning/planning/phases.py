@@ -18,6 +18,7 @@ from dpr_lightning.planning.settings import PlannedRun, micro_rows, num_micro_ba
 from dpr_lightning.planning.simulation import PRECISIONS, Simulation, find_layers
 from dpr_lightning.planning.sizes import Sizes
 from dpr_lightning.planning.tracker import ACTIVATIONS, CACHE, COPIES, FROZEN, GRADIENTS, MOMENTS, WEIGHTS
+from dpr_lightning.rollout.packed import packed_bytes
 from dpr_lightning.types import SamplingConfig
 
 PhaseName = Literal["sft", "rollout", "scoring", "training"]
@@ -70,6 +71,8 @@ class Model:
     """Of what belongs to no block: embeddings, last norm, output layer."""
     num_own: int
     """Frozen policies that are whole models."""
+    packed: float
+    """What a rollout on a CPU holds twice."""
 
 
 class Planner:
@@ -100,6 +103,7 @@ class Planner:
             block=max(blocks),
             root=weights - sum(blocks),
             num_own=sum(kind == "model" for kind in run.policies.frozen.values()),
+            packed=packed_bytes(actor),
         )
 
     @property
@@ -175,6 +179,8 @@ class Planner:
             parts[BUCKETS] = self._after_step()[GRADIENTS]
         if parallel.strategy == "sharded":
             self._shard(stage, parts, name)
+        if name == "rollout" and not run.is_cuda and PRECISIONS[run.policies.precision][1] is None:
+            parts[COPIES] += self.model.packed
         if run.is_on_policy and not run.is_cuda and name != "sft":
             per_token = _STORED + (_DESCRIBED if name == "scoring" else 0)
             width = self.sizes.longest_prompt + self.sizes.longest_response

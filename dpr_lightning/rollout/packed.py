@@ -20,13 +20,21 @@ _SMALLEST = 2**16
 """Entries of a weight below which a call's own cost is more than what it saves."""
 
 
+def _is_packable(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.dim() == 2 and weight.numel() >= _SMALLEST
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the size of the second copy that a rollout on a CPU makes of a causal language model's weights."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    return sum(weight.numel() * weight.element_size() for weight in weights if _is_packable(weight))
+
+
 def _is_worth(weight: Tensor) -> bool:
     return (
         type(weight.data) is Tensor
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.dim() == 2
-        and weight.numel() >= _SMALLEST
+        and _is_packable(weight)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -54,7 +62,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             # On the instance, so that hooks and wrappers around it stay what they are.
-            layer.forward = _pack(layer.weight, layer.bias)  # type: ignore[method-assign]
+            layer.forward = _pack(layer.weight, layer.bias)  # type: ignore[method-assign, assignment]
         yield
     finally:
         for layer in layers:
