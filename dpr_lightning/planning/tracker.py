@@ -28,11 +28,12 @@ _aten = torch.ops.aten
 _MAX_REAL = 2**22
 """Elements of the largest tensor that is really computed; a mask of more is made as a fake."""
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
-_CPU_ATTENTION = {
+_TWINS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+    _aten.addmm_: _aten.addmm,
 }
-"""Attention kernels that torch's table of operations' FLOPs leaves out, and their twins in it."""
+"""Operations that torch's table of FLOPs leaves out, and their twins in it: on a CPU, and in place."""
 
 WEIGHTS = "weights"
 FROZEN = "frozen policies"
@@ -163,7 +164,7 @@ class Tracker(TorchDispatchMode):
         stage = self._stage
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         packet = func._overloadpacket
-        formula = flop_registry.get(_CPU_ATTENTION.get(packet, packet))
+        formula = flop_registry.get(_TWINS.get(packet, packet))
         flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
         is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         stage.num_kernels += 1
