@@ -17,7 +17,7 @@ Facts = dict[str, float]
 """What a worker said of one round: ``wall`` and ``cpu`` in seconds, ``peak_gib``, and its own counts."""
 
 
-class ContenderFailed(RuntimeError):
+class ContenderError(RuntimeError):
     """A worker ended by itself; the message holds the end of its log."""
 
 
@@ -72,7 +72,7 @@ class Worker:
         settings_path.write_text(json.dumps(settings | contender.settings | {"folder": str(folder)}))
         python = bench.pythons[contender.environment]
         if not python.exists():
-            raise ContenderFailed(f"its environment is not set up: {python} is missing")
+            raise ContenderError(f"its environment is not set up: {python} is missing")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [python, "-m", "benchmarks.worker", workload, contender.function, settings_path],
@@ -91,7 +91,7 @@ class Worker:
         if not line:
             self.process.wait()
             said = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
-            raise ContenderFailed(said[-1] if said else f"exit status {self.process.returncode}")
+            raise ContenderError(said[-1] if said else f"exit status {self.process.returncode}")
         facts: Facts = json.loads(line)
         return facts
 
@@ -150,13 +150,13 @@ def play(
             try:
                 workers[contender.name] = Worker(bench, workload, contender, settings)
                 results[contender.name].start = workers[contender.name].listen()
-            except ContenderFailed as failure:
+            except ContenderError as failure:
                 _drop(contender.name, failure, workers, results)
         for number in range(bench.rounds if rounds is None else rounds):
             for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
                 try:
                     facts = workers[name].play()
-                except ContenderFailed as failure:
+                except ContenderError as failure:
                     _drop(name, failure, workers, results)
                     continue
                 results[name].rounds.append(facts)
@@ -171,7 +171,7 @@ def play(
     return results
 
 
-def _drop(name: str, failure: ContenderFailed, workers: dict[str, Worker], results: dict[str, Result]) -> None:
+def _drop(name: str, failure: ContenderError, workers: dict[str, Worker], results: dict[str, Result]) -> None:
     results[name].failure = str(failure)
     workers.pop(name, None)
     print(f"{name} did not run: {failure}", flush=True)

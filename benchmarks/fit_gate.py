@@ -74,7 +74,7 @@ def fit(recipe: str, settings: dict[str, Any], *more: str) -> None:
             f"        per_epoch: {str(recipe != 'sft').lower()}\n  enable_checkpointing: false\n"
         )
     files = ["configs/base.yaml", f"configs/recipe/{recipe}.yaml"]
-    files += settings.get("overlays", []) + ["configs/hardware/cpu.yaml", overlay]
+    files += [*settings.get("overlays", []), "configs/hardware/cpu.yaml", overlay]
     arguments = [argument for file in files for argument in ("-c", file)]
     run_dir = os.path.join(folder, f"run-{time.time_ns()}")
     main(["fit", *arguments, f"--run_dir={run_dir}", "--trainer.enable_progress_bar=false", *more])
