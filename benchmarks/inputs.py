@@ -133,3 +133,39 @@ def _end_evenly(model: Any, tokenizer: Any) -> None:
     hidden_ND = hidden_ND.double()
     ridge_DD = 0.01 * len(hidden_ND) * hidden_ND.square().mean() * torch.eye(hidden_ND.shape[1], dtype=torch.float64)
     weight_VD[eos] = torch.linalg.solve(hidden_ND.T @ hidden_ND + ridge_DD, hidden_ND.T @ wanted_N).float()
+
+
+def random_llama(bench: Bench, width: int, number: int) -> Path:
+    """Return a Llama of 6 layers with random weights, the embedded tokenizer and room for 512 tokens."""
+    directory = bench.work_dir / f"llama-{width}-{number}"
+    if (directory / "tokenizer_config.json").exists():
+        return directory
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
+    torch.manual_seed(number)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=6,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def num_weights(directory: Path) -> int:
+    """Return how many weights a directory's model has."""
+    from safetensors import safe_open
+
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())

@@ -1,0 +1,170 @@
+"""SFT, rollouts and iterations: contenders, sizes and targets."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks import inputs
+from benchmarks.driver import Bench, Contender, Result, play
+from benchmarks.report import COST, SPEEDS, Column, Target, best, fact, rate, ratios, starts, table
+
+_BY_LENGTH = {"more": {"train_sampling_strategy": "group_by_length"}}
+
+
+def _padding_free(settings: dict[str, Any]) -> list[Contender]:
+    """Return TRL without padding: as it deals rows, and packed into as many tokens of a step as the rows have."""
+    packed = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": settings["num_packs"]}
+    return [
+        Contender("TRL, padding_free", "trl", "trl", {"more": {"padding_free": True, "max_length": None}}),
+        Contender("TRL, packing", "trl", "trl", {"more": packed}),
+    ]
+
+
+def sft(bench: Bench) -> list[str]:
+    """Return the section on SFT."""
+    lines = [
+        "## SFT, prompts and responses of mixed lengths",
+        "",
+        "`dpr-lightning fit` and TRL's SFTTrainer. Tokens are those of prompts and responses without padding; real",
+        "share is what they are of all positions computed. TRL with its defaults, and with what it has against padding:",
+        "`padding_free` and `packing` (both run on SDPA here, without flash attention) and sampling by length, which",
+        "makes batches of like rows and so another distribution over steps than shuffling does.",
+    ]
+    sizes: dict[str, dict[str, Any]] = {
+        "SmolLM2-135M": {
+            "model": str(inputs.smollm2(bench)),
+            "rows": str(inputs.demonstrations(bench, 512, most=120)),
+            "global_batch_size": 4 if bench.small else 16,
+            "micro_batch_size": 2 if bench.small else 8,
+            "max_length": 512,
+            "num_packs": 1 if bench.small else 3,
+        },
+        "embedded": {
+            "model": str(inputs.embedded_model()),
+            "rows": str(inputs.demonstrations(bench, 2048, most=90)),
+            "global_batch_size": 64,
+            "micro_batch_size": 16,
+            "max_length": 256,
+            "num_packs": 23,
+            "rounds_of": 1 if bench.small else 8,
+            "warm_up": 2,
+        },
+    }
+    for model, settings in sizes.items():
+        contenders = [
+            Contender("ours", "ours"),
+            Contender("TRL", "trl", "trl"),
+            *_padding_free(settings),
+            Contender("TRL, by length", "trl", "trl", _BY_LENGTH),
+        ]
+        results = play(bench, "sft", contenders, {"seed": bench.seed} | settings)
+        peers = [contender.name for contender in contenders[1:]]
+        targets = [Target(peer, 1.5 if peer == "TRL" else 1.0) for peer in peers]
+        lines += [
+            "",
+            f"### {model}, {settings['global_batch_size']} rows a step, {settings['micro_batch_size']} a forward",
+            "",
+            *table(results, [*COST, Column("real share", rate("tokens", "positions"), ".2f")]),
+            *ratios(results, SPEEDS, targets),
+            *starts(results),
+        ]
+    return lines
+
+
+def rollout(bench: Bench) -> list[str]:
+    """Return the section on rollouts."""
+    num_prompts, size = (8, 4) if bench.small else (32, 16)
+    settings: dict[str, Any] = {
+        "model": str(inputs.tuned_pair(bench)[0]),
+        "prompts": str(inputs.prompts(bench, num_prompts, most=96)),
+        "batch_size": size,
+        "max_new_tokens": 24 if bench.small else 96,
+        "max_model_len": 512,
+        "dtype": "float32",
+        "seed": bench.seed,
+        # Of sizes that hold every prompt; what it finds by itself on a CPU is made for a GPU's memory.
+        "cache": {"num_blocks": 256, "page_size": 32, "max_batch_tokens": 512},
+    }
+    contenders = [
+        Contender("ours", "ours"),
+        Contender("generate", "generate"),
+        Contender("generate, by length", "generate", settings={"by_length": True}),
+        Contender("generate_batch", "generate_batch"),
+        Contender("vLLM", "vllm", "vllm"),
+        Contender("ours, vLLM sampler", "ours_vllm", "vllm"),
+    ]
+    results = play(bench, "rollout", contenders, settings)
+    lines = [
+        "## Rollouts, prompts and responses of mixed lengths",
+        "",
+        f"SmolLM2-135M, {num_prompts} prompts, {size} at most at a time, at most {settings['max_new_tokens']} tokens,",
+        f"ended by EOS with a chance of about 1/{inputs.MEAN_RESPONSE} a token (`benchmarks/inputs.py`). Tokens are",
+        "those of responses. vLLM's CPU build, eager; through our sampler it takes the weights over each round.",
+        "",
+        *table(results, [*COST, Column("tokens a response", rate("tokens", "responses"))]),
+    ]
+    engines = [name for name in ("generate_batch", "vLLM") if results[name].rounds]
+    leader = best(results, among=["generate", "generate, by length", *engines])
+    targets = [Target("generate", 2.0)] + ([Target(leader, 0.9)] if leader else [])
+    lines += ratios(results, SPEEDS, targets)
+    if results["ours, vLLM sampler"].rounds and leader is not None:
+        only = {name: results[name] for name in ("ours, vLLM sampler", leader)}
+        lines += ratios(only, SPEEDS, [Target(leader, 0.9)], ours="ours, vLLM sampler")
+    return [*lines, *starts(results)]
+
+
+def iteration(bench: Bench) -> list[str]:
+    """Return the section on whole iterations."""
+    teacher, reference = inputs.tuned_pair(bench)
+    prompts_per_step = 2 if bench.small else 8
+    settings: dict[str, Any] = {
+        "teacher": str(teacher),
+        "reference": str(reference),
+        "prompts": str(inputs.prompts(bench, 256, most=48)),
+        "prompts_per_step": prompts_per_step,
+        "samples_per_prompt": 2,
+        "micro_batch_size": 2 if bench.small else 8,
+        "max_new_tokens": 16 if bench.small else 64,
+        "seed": bench.seed,
+    }
+    cache = {"num_blocks": 256, "page_size": 32, "max_batch_tokens": 512}
+    continuous = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": cache}
+    contenders = [
+        Contender("ours", "ours"),
+        Contender("TRL RLOO", "rloo", "trl"),
+        Contender("TRL GRPO", "grpo", "trl"),
+        Contender("TRL RLOO, continuous batching", "rloo", "trl", {"more": continuous}),
+        Contender("plain PyTorch", "plain"),
+    ]
+    results = play(bench, "iteration", contenders, settings)
+    return [
+        "## A whole on-policy iteration",
+        "",
+        f"SmolLM2-135M, {prompts_per_step} prompts, 2 samples of each, at most {settings['max_new_tokens']} tokens of",
+        "a response, scored by two frozen models, one optimizer step. Tokens are prompts and responses trained on.",
+        "",
+        *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
+        *ratios(results, SPEEDS, [Target(contender.name, 2.0) for contender in contenders[1:4]]),
+        *shares(results["ours"]),
+        *starts(results),
+    ]
+
+
+def shares(result: Result) -> list[str]:
+    """Return how our iteration's time is divided, and whether the frozen policies take little enough."""
+    if not result.rounds:
+        return []
+
+    def share(name: str) -> tuple[float, float, float]:
+        values = [facts[name] / facts["wall"] for facts in result.rounds]
+        return statistics.median(values), min(values), max(values)
+
+    rollout_share, score_share, frozen = share("rollout_seconds"), share("score_seconds"), share("frozen_seconds")
+    verdict = "reached" if frozen[0] <= 0.25 else "**missed**"
+    return [
+        "",
+        f"Of our iteration's wall time sampling takes {rollout_share[0]:.0%}, scoring by actor, teacher and reference "
+        f"{score_share[0]:.0%}; teacher and reference alone {frozen[0]:.0%} ({frozen[1]:.0%} to {frozen[2]:.0%}; at "
+        f"most 25%: {verdict}).",
+    ]
