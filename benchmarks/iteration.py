@@ -25,6 +25,7 @@ def ours(gate: Gate, settings: dict[str, Any]) -> None:
     fit(
         "dpr",
         settings | {"overlays": ["configs/recipe/algorithm1.yaml"]},
+        f"--model.backbone.name_or_path={settings['teacher']}",
         f"--model.teacher={settings['teacher']}",
         f"--model.reference={settings['reference']}",
         f"--data.demonstrations.source={settings['prompts']}",

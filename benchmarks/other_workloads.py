@@ -177,6 +177,7 @@ def _processes(bench: Bench) -> list[str]:
         for file in ("base", "recipe/dpr", "recipe/algorithm1", f"hardware/{hardware}"):
             command += ["-c", f"configs/{file}.yaml"]
         command += [
+            f"--model.backbone.name_or_path={teacher}",
             f"--model.teacher={teacher}",
             f"--model.reference={reference}",
             f"--data.demonstrations.source={inputs.prompts(bench, 512, most=30)}",

@@ -68,7 +68,7 @@ def _sample(gate: Gate, settings: dict[str, Any], sampler: Any) -> None:
 
 
 def generate(gate: Gate, settings: dict[str, Any]) -> None:
-    """``model.generate``, one batch after the other, in the order of the prompts or sorted by their lengths."""
+    """``model.generate``, one batch after the other, in the order of the prompts."""
     import torch
 
     model, tokenizer, prompts = load(settings)
@@ -77,8 +77,6 @@ def generate(gate: Gate, settings: dict[str, Any]) -> None:
     def work(number: int) -> None:
         torch.manual_seed(number)
         some = _part(prompts, number, gate)
-        if settings.get("by_length"):
-            some = sorted(some, key=len)
         for start in range(0, len(some), size):
             batch = some[start : start + size]
             width = max(map(len, batch))
