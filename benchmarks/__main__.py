@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,8 @@ def main() -> int:
     bench.work_dir.mkdir(parents=True, exist_ok=True)
     # For the models that this process makes, like those that its workers run.
     os.environ.update(worker_environment(bench.threads))
+    # So that workers are stopped when this process is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.perf_counter()
     text = "\n".join(heading(bench, sys.argv[1:]))
     for name in parsed.only:
