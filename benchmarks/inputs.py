@@ -82,6 +82,22 @@ def prompts(bench: Bench, num_rows: int, *, most: int) -> Path:
     return write_rows(bench.work_dir / "data" / f"prompts-{num_rows}-{most}-{bench.seed}.jsonl", rows)
 
 
+def lengths(rows: Path, model: Path) -> str:
+    """Say how many tokens prompts and responses have, in words."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    said = []
+    for part in ("prompt", "response"):
+        counts = sorted(len(tokenizer(row[part])["input_ids"]) for row in found)
+        said.append(f"{part}s {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}")
+        if counts[0] == counts[-1]:
+            # Responses of files of prompts are a word that nobody reads.
+            said.pop()
+    return f"Tokens: {'; '.join(said)}."
+
+
 def tuned_pair(bench: Bench) -> tuple[Path, Path]:
     """Return SmolLM2 with responses of mixed lengths, and the same with other weights, as teacher and reference.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs
@@ -65,6 +66,8 @@ def sft(bench: Bench) -> list[str]:
             "",
             f"### {model}, {settings['global_batch_size']} rows a step, {settings['micro_batch_size']} a forward",
             "",
+            inputs.lengths(Path(settings["rows"]), Path(settings["model"])),
+            "",
             *table(results, [*COST, Column("real share", rate("tokens", "positions"), ".2f")]),
             *ratios(results, SPEEDS, targets),
             *starts(results),
@@ -100,6 +103,7 @@ def rollout(bench: Bench) -> list[str]:
         f"SmolLM2-135M, {num_prompts} prompts, {size} at most at a time, at most {settings['max_new_tokens']} tokens,",
         f"ended by EOS with a chance of about 1/{inputs.MEAN_RESPONSE} a token (`benchmarks/inputs.py`). Tokens are",
         "those of responses. vLLM's CPU build, eager; through our sampler it takes the weights over each round.",
+        inputs.lengths(Path(settings["prompts"]), Path(settings["model"])),
         "",
         *table(results, [*COST, Column("tokens a response", rate("tokens", "responses"))]),
     ]
@@ -142,6 +146,7 @@ def iteration(bench: Bench) -> list[str]:
         "",
         f"SmolLM2-135M, {prompts_per_step} prompts, 2 samples of each, at most {settings['max_new_tokens']} tokens of",
         "a response, scored by two frozen models, one optimizer step. Tokens are prompts and responses trained on.",
+        inputs.lengths(Path(settings["prompts"]), teacher),
         "",
         *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
         *ratios(results, SPEEDS, [Target(contender.name, 2.0) for contender in contenders[1:4]]),
