@@ -27,20 +27,40 @@ class FitGate(Callback):
         super().__init__()
         self.per_epoch = per_epoch
         self._num_steps = 0
-        self._entered = 0.0
+        self._entered: float | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frozen: dict[str, Any] = getattr(pl_module, "frozen", {})
+        if not frozen:
+            return
+        self._watch(pl_module, "score", begins=False, ends=True)
+        self._watch(pl_module.actor, "hidden_states", begins=False)
         for policy in frozen.values():
-            policy.register_forward_pre_hook(self._enter)
-            policy.register_forward_hook(self._leave)
+            self._watch(policy, "hidden_states", begins=True)
 
-    def _enter(self, *_: Any) -> None:
-        self._entered = time.perf_counter()
+    def _watch(self, owner: Any, name: str, *, begins: bool, ends: bool = False) -> None:
+        """Let a call of ``owner.name`` end the frozen forward before it, and begin one of its own.
 
-    def _leave(self, *_: Any) -> None:
-        running().add(frozen_seconds=time.perf_counter() - self._entered)
+        Scoring asks one policy after the other, so a frozen policy's share lasts from its hidden states to the next
+        policy's, its log-probabilities included, or to the end of scoring.
+        """
+        call = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._turn(begins)
+            found = call(*args, **kwargs)
+            if ends:
+                self._turn(False)
+            return found
+
+        setattr(owner, name, watched)
+
+    def _turn(self, begins: bool) -> None:
+        now = time.perf_counter()
+        if self._entered is not None:
+            running().add(frozen_seconds=now - self._entered)
+        self._entered = now if begins else None
 
     @override
     def on_train_batch_end(

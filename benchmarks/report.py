@@ -83,6 +83,7 @@ def ratios(
     targets: Sequence[Target] = (),
     *,
     ours: str = "ours",
+    form: str = ".2f",
 ) -> list[str]:
     """Return our figure over each peer's in the same round: median and range, and the targets beside them.
 
@@ -91,6 +92,7 @@ def ratios(
         figures: What is compared, with its title.
         targets: By peer; they are held against every figure.
         ours: The contender that is divided by the others.
+        form: Of a ratio.
     """
     own = results[ours].rounds
     peers = {name: result.rounds for name, result in results.items() if name != ours and result.rounds}
@@ -103,7 +105,7 @@ def ratios(
             values = [figure(mine) / figure(theirs) for mine, theirs in zip(own, rounds, strict=False)]
             middle = statistics.median(values)
             said = [target.said(middle) for target in targets if target.peer == name]
-            cells.append("; ".join([f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})", *said]))
+            cells.append("; ".join([f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})", *said]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -11,15 +11,9 @@ from benchmarks.driver import Bench, Contender, Result, play
 from benchmarks.report import COST, SPEEDS, Column, Target, best, fact, rate, ratios, starts, table
 
 _BY_LENGTH = {"more": {"train_sampling_strategy": "group_by_length"}}
-
-
-def _padding_free(settings: dict[str, Any]) -> list[Contender]:
-    """Return TRL without padding: as it deals rows, and packed into as many tokens of a step as the rows have."""
-    packed = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": settings["num_packs"]}
-    return [
-        Contender("TRL, padding_free", "trl", "trl", {"more": {"padding_free": True, "max_length": None}}),
-        Contender("TRL, packing", "trl", "trl", {"more": packed}),
-    ]
+_PADDING_FREE = {"more": {"padding_free": True, "max_length": None}}
+_PACKING = {"more": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 23}}
+"""As many packs of 256 tokens as 64 rows fill."""
 
 
 def sft(bench: Bench) -> list[str]:
@@ -29,7 +23,7 @@ def sft(bench: Bench) -> list[str]:
         "",
         "`dpr-lightning fit` and TRL's SFTTrainer. Tokens are those of prompts and responses without padding; real",
         "share is what they are of all positions computed. TRL with its defaults, and with its means against padding:",
-        "`padding_free` and `packing` (both run on SDPA here, without flash attention) and sampling by length, which",
+        "`padding_free`, on the small model `packing` (both run on SDPA here, without flash attention) and sampling by length, which",
         "makes batches of like rows and so another distribution over steps than shuffling does.",
     ]
     sizes: dict[str, dict[str, Any]] = {
@@ -39,7 +33,6 @@ def sft(bench: Bench) -> list[str]:
             "global_batch_size": 4 if bench.small else 16,
             "micro_batch_size": 2 if bench.small else 8,
             "max_length": 512,
-            "num_packs": 1 if bench.small else 3,
         },
         "embedded": {
             "model": str(inputs.embedded_model()),
@@ -47,16 +40,17 @@ def sft(bench: Bench) -> list[str]:
             "global_batch_size": 64,
             "micro_batch_size": 16,
             "max_length": 256,
-            "num_packs": 23,
             "rounds_of": 1 if bench.small else 8,
             "warm_up": 2,
         },
     }
+    packing = {"SmolLM2-135M": [], "embedded": [Contender("TRL, packing", "trl", "trl", _PACKING)]}
     for model, settings in sizes.items():
         contenders = [
             Contender("ours", "ours"),
             Contender("TRL", "trl", "trl"),
-            *_padding_free(settings),
+            Contender("TRL, padding_free", "trl", "trl", _PADDING_FREE),
+            *packing[model],
             Contender("TRL, by length", "trl", "trl", _BY_LENGTH),
         ]
         results = play(bench, "sft", contenders, {"seed": bench.seed} | settings)
