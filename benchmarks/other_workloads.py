@@ -168,12 +168,18 @@ def scaling(bench: Bench) -> list[str]:
 def _processes(bench: Bench) -> list[str]:
     """Return one against two processes, by what ``fit`` logs of itself."""
     results = {name: Result() for name in ("1 process", "2 processes (cpu2: FSDP2, gloo)")}
-    teacher, reference = (str(inputs.random_llama(bench, 512, number)) for number in (0, 1))
+    teacher, reference = (str(inputs.random_llama(bench, 256, number)) for number in (0, 1))
+    overlay = bench.work_dir / "throughput.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks:\n    - class_path: dpr_lightning.callbacks.throughput.Throughput\n"
+        "  enable_checkpointing: false\n"
+    )
     for name, hardware in zip(results, ("cpu", "cpu2"), strict=True):
         run_dir = bench.work_dir / "workers" / f"scaling-{hardware}-{time.time_ns()}"
-        command = [bench.pythons["ours"], ROOT / "cli.py", "fit"]
+        command = [str(bench.pythons["ours"]), str(ROOT / "cli.py"), "fit"]
         for file in ("base", "recipe/dpr", "recipe/algorithm1", f"hardware/{hardware}"):
             command += ["-c", f"configs/{file}.yaml"]
+        command += ["-c", str(overlay)]
         command += [
             f"--model.backbone.name_or_path={teacher}",
             f"--model.teacher={teacher}",
@@ -185,7 +191,6 @@ def _processes(bench: Bench) -> list[str]:
             "--data.micro_batch_size=8",
             "--data.sampling.max_new_tokens=64",
             "--trainer.limit_val_batches=0",
-            "--trainer.enable_checkpointing=false",
             f"--trainer.max_epochs={bench.rounds + 1}",
             f"--run_dir={run_dir}",
         ]
@@ -199,7 +204,7 @@ def _processes(bench: Bench) -> list[str]:
         "",
         "### By processes",
         "",
-        "Width 512, 32 prompts, 64 tokens; one thread each, one optimizer step an iteration.",
+        "Width 256, 32 prompts, 64 tokens; one thread each, one optimizer step an iteration.",
         "",
         *table(results, columns),
         *ratios(results, [("speed", lambda facts: 1 / facts["wall"])], ours=list(results)[1]),

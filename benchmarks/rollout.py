@@ -102,7 +102,7 @@ def generate(gate: Gate, settings: dict[str, Any]) -> None:
 def generate_batch(gate: Gate, settings: dict[str, Any]) -> None:
     """Transformers' continuous batching."""
     from transformers import GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     model, tokenizer, prompts = load(settings)
     eos = tokenizer.eos_token_id
