@@ -44,26 +44,33 @@ class Gate:
         """End one piece of work; between rounds this blocks until the next is asked for, and exits when none is."""
         wall, cpu = time.perf_counter(), time.process_time()
         self._num_pieces += 1
-        if self._num_pieces == 0:
-            self._say(cpu=cpu, uptime=uptime())
-        elif self._num_pieces == self.rounds_of:
+        if self._num_pieces == self.rounds_of:
             self._say(wall=wall - self._start[0], cpu=cpu - self._start[1], peak_gib=peak_bytes() / _GIB)
-        else:
-            return
+            self._wait()
+        elif self._num_pieces == 0:
+            self._is_ready()
+
+    def serve(self, work: Callable[[int], None]) -> None:
+        """Do ``work(number)`` for each piece, warm-up first; returns never."""
+        if self.warm_up == 0:
+            self._is_ready()
+        number = 0
+        while True:
+            work(number)
+            number += 1
+            self.piece_done()
+
+    def _is_ready(self) -> None:
+        self._say(cpu=time.process_time(), uptime=uptime())
+        self._wait()
+
+    def _wait(self) -> None:
         if not sys.stdin.readline().startswith("round"):
             # Trainers cannot be left from inside in a better way; nothing of theirs is wanted.
             os._exit(0)
         self._num_pieces = 0
         self._counts = {}
         self._start = (time.perf_counter(), time.process_time())
-
-    def serve(self, work: Callable[[int], None]) -> None:
-        """Do ``work(number)`` for each piece, warm-up first; returns never."""
-        number = 0
-        while True:
-            work(number)
-            number += 1
-            self.piece_done()
 
     def _say(self, **facts: float) -> None:
         self._out.write(json.dumps(facts | self._counts) + "\n")
