@@ -60,13 +60,14 @@ def plan_micro_batches(
     world_size: int = 1,
     rank: int = 0,
     drop_last: bool = False,
+    prompts: Sequence[int] | None = None,
 ) -> list[MicroBatchPlan]:
     """Return the micro-batches of ``rank`` for one pass over ``order``, longest first within each optimizer step.
 
     Consecutive groups of ``global_batch_size`` of ``order`` are the optimizer steps. Within a step rows are sorted by
     length and dealt so that a micro-batch holds rows of like length, and so do the ranks' m-th micro-batches: little
-    padding, and no rank waits for another. A last, incomplete step is filled up with padding rows to a whole number
-    of micro-batches for each rank, spread evenly.
+    padding, and no rank waits for another. Samples of one prompt in a step stay side by side. A last, incomplete step
+    is filled up with padding rows to a whole number of micro-batches for each rank, spread evenly.
 
     Args:
         order: Row numbers, each once.
@@ -77,6 +78,7 @@ def plan_micro_batches(
         world_size: Data-parallel ranks.
         rank: This data-parallel rank.
         drop_last: Leave an incomplete last step out.
+        prompts: By row number, which prompt it answers; None is a prompt for each row.
 
     Raises:
         UserError: See :func:`accumulation`.
@@ -88,16 +90,30 @@ def plan_micro_batches(
         if drop_last and len(step_rows) < global_batch_size:
             break
         num_tokens = sum(int(response_lengths[row]) for row in step_rows)
-        for rows in _deal(step_rows, total_lengths, micro_batch_size, world_size)[rank::world_size]:
+        by_length = _by_length(step_rows, total_lengths, prompts)
+        for rows in _deal(by_length, micro_batch_size, world_size)[rank::world_size]:
             plans.append(MicroBatchPlan(rows, num_tokens, len(step_rows)))
     return plans
 
 
-def _deal(
-    step_rows: list[int], total_lengths: Sequence[int], micro_batch_size: int, world_size: int
-) -> list[list[int]]:
+def _by_length(step_rows: list[int], total_lengths: Sequence[int], prompts: Sequence[int] | None) -> list[int]:
+    """Return the rows of a step longest first; those of one prompt stand where its longest does."""
+    if prompts is None:
+        return sorted(step_rows, key=lambda row: -int(total_lengths[row]))
+    longest: dict[int, int] = {}
+    for row in step_rows:
+        prompt, length = int(prompts[row]), int(total_lengths[row])
+        # Prompts keep the order in which they come first, as rows of one length do.
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    place = {prompt: number for number, prompt in enumerate(longest)}
+    return sorted(
+        step_rows,
+        key=lambda row: (-longest[int(prompts[row])], place[int(prompts[row])], -int(total_lengths[row])),
+    )
+
+
+def _deal(by_length: list[int], micro_batch_size: int, world_size: int) -> list[list[int]]:
     """Return the step's micro-batches of all ranks, rank fastest; all hold ``micro_batch_size`` rows."""
-    by_length = sorted(step_rows, key=lambda row: -int(total_lengths[row]))
     num_rounds = -(-len(by_length) // (micro_batch_size * world_size))
     num_micro_batches = num_rounds * world_size
     base, extra = divmod(len(by_length), num_micro_batches)

@@ -139,6 +139,11 @@ class PairDataModule(RolloutDataModule):
         return order, longest_P.tolist(), (demonstration_P + sample_P).tolist()
 
     @override
+    def _prompts_of_rows(self, experience: SampledExperience) -> None:
+        # Both responses of a pair are in its micro-batch anyway.
+        return None
+
+    @override
     def _make_batch(self, plan: MicroBatchPlan) -> TokenBatch:
         experience = self.experience
         assert isinstance(experience, PairExperience)

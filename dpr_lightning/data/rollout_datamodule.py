@@ -285,7 +285,12 @@ class RolloutDataModule(LightningDataModule):
             micro_batch_size=self.micro_batch_size,
             world_size=world_size,
             rank=rank,
+            prompts=self._prompts_of_rows(experience),
         )
+
+    def _prompts_of_rows(self, experience: SampledExperience) -> list[int] | None:
+        """Return by row number which prompt it answers, or None where each row has a prompt of its own."""
+        return experience.rollouts.prompt_index_B.tolist()
 
     def _make_batch(self, plan: MicroBatchPlan) -> TokenBatch:
         # The responses divide into whole micro-batches (checked in setup), so there are no padding rows.

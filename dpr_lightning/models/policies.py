@@ -149,11 +149,7 @@ def states_before_tokens(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
     Positions count attended tokens only, so padding on the left and on the right give the same states.
     """
     if ragged.is_enabled(decoder):
-        mask_BT = batch.attention_mask_BT
-        layout = ragged.PackedLayout.of(mask_BT)
-        hidden_ND = ragged.run(decoder, batch.input_ids_BT[mask_BT], layout.positions(), layout)
-        # The token before a response's token is its neighbour in the flat row too.
-        return hidden_ND[:-1][batch.response_mask_BT[mask_BT][1:]]
+        return ragged.states_before_responses(decoder, batch)
     position_ids_BT = (batch.attention_mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)
     hidden_BTD: Tensor = decoder(
         input_ids=batch.input_ids_BT,

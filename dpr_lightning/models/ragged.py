@@ -5,6 +5,9 @@ what its tokens cost. The tokens go through a transformers decoder as [1, N]; wh
 which travels to every attention as a keyword, and which an attention function of our own, registered with
 transformers, asks. Without a layout that function is transformers' own for SDPA, so a model stays what it was.
 
+Samples of one prompt in a batch share its tokens: they go through the blocks once, and gradients of all samples meet in
+them. That is the same sum in another order.
+
 Shapes: N tokens of all sequences, B sequences of at most T tokens, H query heads, K key-value heads, E their size.
 """
 
@@ -21,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from typing_extensions import override
+
+from dpr_lightning.types import TokenBatch
 
 IMPLEMENTATION = "dpr_lightning"
 """Name of the attention function among those of transformers."""
@@ -56,6 +61,8 @@ class PackedLayout(Layout):
     """[N] int64: where each token lies in B rows of T columns, right-padded."""
     num_rows: int
     num_columns: int
+    token_P: Tensor | None = None
+    """[B * T] int64: which token each place reads, where some read another row's; a place of padding reads any."""
 
     @classmethod
     def of(cls, mask_BT: Tensor) -> PackedLayout:
@@ -72,7 +79,7 @@ class PackedLayout(Layout):
 
     @property
     def is_full(self) -> bool:
-        """Whether all rows are of one length."""
+        """Whether each place has a token of its own."""
         return len(self.place_N) == self.num_rows * self.num_columns
 
     def positions(self) -> Tensor:
@@ -92,11 +99,61 @@ class PackedLayout(Layout):
         return out if self.is_full else out.index_select(0, self.place_N)
 
     def _pad(self, states: Tensor) -> Tensor:
-        """[N, heads, E] to [B, heads, T, E], 0 where there is no token."""
-        if not self.is_full:
+        """[N, heads, E] to [B, heads, T, E]; what is where there is no token is finite."""
+        if self.token_P is not None:
+            states = states.index_select(0, self.token_P)
+        elif not self.is_full:
             empty = states.new_zeros((self.num_rows * self.num_columns, *states.shape[1:]))
             states = empty.index_copy(0, self.place_N, states)
         return states.reshape(self.num_rows, self.num_columns, *states.shape[1:]).transpose(1, 2)
+
+
+def first_of_prompt(batch: TokenBatch) -> Tensor:
+    """Return [B] int64: for each row the first row that has the same prompt, itself included.
+
+    A prompt is what is attended to before the response; a row without a response is all prompt.
+
+    Args:
+        batch: Padded on either side.
+    """
+    ids_BT, is_prompt_BT = batch.input_ids_BT, _is_prompt(batch)
+    num_rows, num_columns = ids_BT.shape
+    row_B = torch.arange(num_rows, device=ids_BT.device)
+    length_B = is_prompt_BT.sum(dim=1)
+    prompts_BT = ids_BT.new_full((num_rows, num_columns), -1)
+    column_BT = torch.arange(num_columns, device=ids_BT.device).expand(num_rows, -1)
+    prompts_BT[column_BT < length_B[:, None]] = ids_BT[is_prompt_BT]
+    distinct, group_B = prompts_BT.unique(dim=0, return_inverse=True)
+    first_G = row_B.new_full((len(distinct),), num_rows).scatter_reduce_(0, group_B, row_B, "amin")
+    return first_G[group_B]
+
+
+def _is_prompt(batch: TokenBatch) -> Tensor:
+    return batch.attention_mask_BT & (batch.response_mask_BT.cumsum(dim=1) == 0)
+
+
+def states_before_responses(decoder: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask.
+
+    Args:
+        decoder: A transformers decoder for which :func:`enable` said yes.
+        batch: Padded on either side; rows with the same prompt share it.
+    """
+    mask_BT = batch.attention_mask_BT
+    layout = PackedLayout.of(mask_BT)
+    place_N, num_columns = layout.place_N, layout.num_columns
+    first_N = first_of_prompt(batch)[place_N // num_columns] * num_columns + place_N % num_columns
+    source_N = torch.where(_is_prompt(batch)[mask_BT], first_N, place_N)
+    is_own_N = source_N == place_N
+    own_N = place_N[is_own_N]
+    token_P = place_N.new_zeros(mask_BT.numel())
+    token_P[own_N] = torch.arange(len(own_N), device=own_N.device)
+    token_P[place_N] = token_P[source_N]
+    if len(own_N) < len(place_N):
+        layout = PackedLayout(own_N, layout.num_rows, num_columns, token_P)
+    hidden_ND = run(decoder, batch.input_ids_BT[mask_BT][is_own_N], layout.positions(), layout)
+    # The token before a response's token is its neighbour in the row.
+    return hidden_ND.index_select(0, token_P[place_N[batch.response_mask_BT[mask_BT]] - 1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,11 @@ def _tokens(shape: Shape) -> TokenBatch:
     attention_mask_BT[shape.rows // 2 + 1 :, -1] = False
     response_mask_BT = attention_mask_BT.clone()
     response_mask_BT[:, : shape.prompt_tokens] = False
+    input_ids_BT = torch.ones((shape.rows, width), dtype=torch.long)
+    # No two prompts are the same: those that are would be read once.
+    input_ids_BT[:, 0] = torch.arange(shape.rows)
     return TokenBatch(
-        input_ids_BT=torch.ones((shape.rows, width), dtype=torch.long),
+        input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
         response_mask_BT=response_mask_BT,
     )

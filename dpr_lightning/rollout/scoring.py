@@ -12,6 +12,7 @@ from dpr_lightning.functional.kl import k3
 from dpr_lightning.functional.logprobs import state_expectations, token_logprobs
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
+from dpr_lightning.models.ragged import first_of_prompt
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.types import RolloutBatch, TokenBatch, TokenScores
 
@@ -52,7 +53,7 @@ def trim(batch: TokenBatch, rows_B: Tensor) -> TokenBatch:
 def micro_batches(
     batch: TokenBatch, size: int, module: CausalPolicy | ValueModel
 ) -> Iterator[tuple[Tensor, TokenBatch]]:
-    """Yield the rows of micro-batches of like length, and these, longest first.
+    """Yield the rows of micro-batches of like length, and these, longest first; samples of a prompt stay together.
 
     Ranks of a sharded module forward together: one with fewer micro-batches than another repeats its last one.
 
@@ -61,7 +62,11 @@ def micro_batches(
         size: Rows of one forward.
         module: What the forwards are of.
     """
-    order_B = batch.attention_mask_BT.sum(dim=1).argsort(descending=True, stable=True)
+    length_B, first_B = batch.attention_mask_BT.sum(dim=1), first_of_prompt(batch)
+    # Those of one prompt go where the longest of them goes, and share it where they meet in a forward.
+    longest_B = length_B.new_zeros(len(length_B)).scatter_reduce_(0, first_B, length_B, "amax")[first_B]
+    order_B = first_B.argsort(stable=True)
+    order_B = order_B[longest_B[order_B].argsort(descending=True, stable=True)]
     chunks = order_B.split(size)
     for number in range(module.most(len(chunks))):
         rows_B = chunks[min(number, len(chunks) - 1)]

@@ -16,6 +16,24 @@ def test_one_step_worked_by_hand() -> None:
     assert plans == [MicroBatchPlan([1, 3], 10, 4), MicroBatchPlan([0, 2], 10, 4)]
 
 
+def test_samples_of_a_prompt_stand_together_where_the_longest_of_them_does() -> None:
+    total = [9, 4, 8, 2, 7, 8]
+    prompts = [5, 6, 7, 5, 6, 7]
+    order = [4, 2, 0, 1, 5, 3]
+    kwargs = {"global_batch_size": 6, "micro_batch_size": 2, "prompts": prompts}
+    plans = plan_micro_batches(order, total, [1] * 6, **kwargs)  # type: ignore[arg-type]
+    # Prompt 5 has 9 and 2 tokens, 7 has 8 and 8, 6 has 7 and 4.
+    assert [plan.rows for plan in plans] == [[0, 3], [2, 5], [4, 1]]
+
+
+def test_prompts_of_one_sample_change_nothing() -> None:
+    total = [3, 5, 3, 5, 3, 5]
+    order = [4, 3, 0, 1, 2, 5]
+    kwargs = {"global_batch_size": 6, "micro_batch_size": 3}
+    alone = plan_micro_batches(order, total, total, **kwargs)  # type: ignore[arg-type]
+    assert plan_micro_batches(order, total, total, prompts=[9, 1, 8, 2, 7, 3], **kwargs) == alone  # type: ignore[arg-type]
+
+
 def test_steps_are_consecutive_groups_of_the_order() -> None:
     plans = plan_micro_batches([3, 0, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1], global_batch_size=2, micro_batch_size=1)
     assert [plan.rows for plan in plans] == [[3], [0], [2], [1]]

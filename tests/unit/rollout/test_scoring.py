@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpr_lightning.functional.collate import collate
 from dpr_lightning.functional.rewards import DenseReward
 from dpr_lightning.models.policies import CausalPolicy
 from dpr_lightning.rollout.sampler import Samples
@@ -15,6 +16,7 @@ from dpr_lightning.rollout.scoring import (
     RESPONSE_SUMS,
     describe_rollouts,
     make_rollouts,
+    micro_batches,
     rollout_stats,
     score_tokens,
     trim,
@@ -59,6 +61,16 @@ def test_make_rollouts_keeps_every_id_in_its_place(rollouts: RolloutBatch) -> No
     ]
     assert rollouts.prompt_index_B.tolist() == [7, 7, 1, 4]
     assert rollouts.is_truncated_B.tolist() == [False, False, False, True]
+
+
+def test_micro_batches_are_of_like_length_and_samples_of_a_prompt_stay_together(policies: list[CausalPolicy]) -> None:
+    prompts = [[3], [4, 5], [3], [6], [4, 5], [6]]
+    lengths = [2, 5, 9, 3, 1, 3]
+    batch = collate(prompts, [[7] * length for length in lengths], pad_id=0)
+    found = list(micro_batches(batch, 4, policies[0]))
+    # In tokens: prompt [3] has 3 and 10, [4, 5] has 7 and 3, [6] has 4 twice.
+    assert [rows_B.tolist() for rows_B, _ in found] == [[0, 2, 1, 4], [3, 5]]
+    assert [micro.input_ids_BT.shape for _, micro in found] == [(4, 10), (2, 4)]
 
 
 def test_trim_drops_columns_that_are_padding_in_all_named_rows(rollouts: RolloutBatch) -> None:
