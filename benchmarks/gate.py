@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -88,8 +87,14 @@ def running() -> Gate:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that was ever resident in this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory that was ever resident in this process; not what getrusage has, its parent's too."""
+    return resident("VmHWM")
+
+
+def resident(name: str) -> int:
+    """Return bytes of a line of /proc/self/status: ``VmRSS`` resident now, ``VmHWM`` at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def uptime() -> float:

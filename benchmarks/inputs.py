@@ -82,6 +82,14 @@ def prompts(bench: Bench, num_rows: int, *, most: int) -> Path:
     return write_rows(bench.work_dir / "data" / f"prompts-{num_rows}-{most}-{bench.seed}.jsonl", rows)
 
 
+def read_shuffled(path: str, *seeds: int) -> list[dict[str, str]]:
+    """Return rows in the order in which ours serves them from these seeds, for peers that are told not to shuffle."""
+    import numpy as np
+
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [rows[index] for index in np.random.default_rng(seeds).permutation(len(rows))]
+
+
 def lengths(rows: Path, model: Path) -> str:
     """Say how many tokens prompts and responses have, in words."""
     from transformers import AutoTokenizer

@@ -2,17 +2,16 @@
 
 Ours is ``configs/recipe/algorithm1.yaml`` over ``dpr.yaml``. TRL's trainers get a reward function that returns
 sum_t log pi_SFT - log pi_ref of the same two frozen models. "Plain" is Algorithm 1 written down in PyTorch. The same
-prompts, samples of each prompt, responses of a step and of a forward, length limit, AdamW and float32 weights. Nobody
-has a KL term or an old policy to compare with. Tokens are prompt and response tokens that were trained on.
+prompts in the same order, samples of each, responses of a step and of a forward, length limit, AdamW and float32
+weights. Nobody has a KL term or an old policy to compare with. Tokens are those trained on, of prompts and responses.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import Gate
+from benchmarks.inputs import read_shuffled
 
 _LR = 5e-7
 
@@ -117,7 +116,7 @@ def _trl(gate: Gate, settings: dict[str, Any], name: str) -> None:
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         return frozen(frozen.tokenizer(prompts)["input_ids"], [list(ids) for ids in completion_ids])
 
-    rows = [json.loads(line) for line in Path(settings["prompts"]).read_text().splitlines()]
+    rows = read_shuffled(settings["prompts"], settings["seed"], 0, 0)
     sequences = settings["prompts_per_step"] * settings["samples_per_prompt"]
     arguments = {
         **common(settings),
@@ -128,6 +127,7 @@ def _trl(gate: Gate, settings: dict[str, Any], name: str) -> None:
         "learning_rate": _LR,
         "temperature": 1.0,
         "beta": 0.0,
+        "shuffle_dataset": False,
     } | settings.get("more", {})
     trainer = getattr(trl, f"{name}Trainer")(
         model=load(settings["teacher"]),
@@ -152,23 +152,21 @@ def rloo(gate: Gate, settings: dict[str, Any]) -> None:
 
 def plain(gate: Gate, settings: dict[str, Any]) -> None:
     """Algorithm 1: loss = -(1/B) sum_i sum_t log pi * G_t, G_t the sum of the dense reward from t on."""
-    import random
-
     import torch
-
-    from benchmarks.rollout import read_prompts
 
     frozen = FrozenPair(gate, settings)
     tokenizer, eos = frozen.tokenizer, frozen.tokenizer.eos_token_id
     policy = load(settings["teacher"])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.0)
-    all_prompts = read_prompts(settings["prompts"], tokenizer)
-    rng = random.Random(settings["seed"])
+    rows = read_shuffled(settings["prompts"], settings["seed"], 0, 0)
+    all_prompts: list[list[int]] = tokenizer([f"{row['prompt']}\n" for row in rows])["input_ids"]
+    num_prompts = settings["prompts_per_step"]
     size = settings["micro_batch_size"]
 
     def work(number: int) -> None:
         torch.manual_seed(number)
-        chosen = rng.sample(all_prompts, settings["prompts_per_step"])
+        first = number * num_prompts % len(all_prompts)
+        chosen = all_prompts[first : first + num_prompts]
         prompts = [prompt for prompt in chosen for _ in range(settings["samples_per_prompt"])]
         responses = _generate(policy, prompts, eos, settings["max_new_tokens"])
         num_tokens = sum(map(len, responses))

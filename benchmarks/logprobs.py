@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gate import Gate
+from benchmarks.gate import Gate, resident
 
 _MIB = 2**20
 
@@ -36,7 +35,7 @@ def _run(gate: Gate, settings: dict[str, Any], total: Callable[[Any, Any, Any], 
         before = _set_peak_back()
         found = total(hidden_ND, weight_VD, target_N)
         found.backward()
-        memory = _status("VmHWM") - before - wanted
+        memory = resident("VmHWM") - before - wanted
         assert hidden_ND.grad is not None
         gate.add(
             tokens=num_tokens,
@@ -49,17 +48,12 @@ def _run(gate: Gate, settings: dict[str, Any], total: Callable[[Any, Any, Any], 
     gate.serve(work)
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def _set_peak_back() -> int:
     """Give back what malloc kept, let the kernel count the peak anew, and return bytes resident now."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    return _status("VmRSS")
+    return resident("VmRSS")
 
 
 def naive(gate: Gate, settings: dict[str, Any]) -> None:

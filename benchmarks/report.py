@@ -102,7 +102,7 @@ def ratios(
     for name, rounds in peers.items():
         cells = []
         for _, figure in figures:
-            values = [figure(mine) / figure(theirs) for mine, theirs in zip(own, rounds, strict=False)]
+            values = [figure(mine) / max(figure(theirs), 1e-9) for mine, theirs in zip(own, rounds, strict=False)]
             middle = statistics.median(values)
             said = [target.said(middle) for target in targets if target.peer == name]
             cells.append("; ".join([f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})", *said]))

@@ -1,17 +1,16 @@
 """SFT on demonstrations of mixed lengths: our ``fit`` and TRL's SFTTrainer.
 
-The same rows, rows of an optimizer step, length limit, AdamW settings and float32 weights; the loss is taken on the
-completion, and nobody recomputes activations. One piece of work is one optimizer step. Tokens are prompt and completion
-without padding.
+The same rows in the same order, rows of a step, length limit, AdamW settings and float32 weights; the loss is
+taken on the completion, and nobody recomputes activations. One piece of work is one optimizer step. Tokens are prompt
+and completion without padding.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import Gate
+from benchmarks.inputs import read_shuffled
 
 _MANY = 10_000
 
@@ -52,7 +51,7 @@ def trl(gate: Gate, settings: dict[str, Any]) -> None:
             )
             return super().training_step(model, inputs, *args, **kwargs)
 
-    rows = [json.loads(line) for line in Path(settings["rows"]).read_text().splitlines()]
+    rows = read_shuffled(settings["rows"], settings["seed"], 0)
     # Our default template ends a prompt by a line break; TRL adds EOS to the completion as we do.
     pairs = [{"prompt": f"{row['prompt']}\n", "completion": row["response"]} for row in rows]
     arguments = {
@@ -62,6 +61,7 @@ def trl(gate: Gate, settings: dict[str, Any]) -> None:
         "learning_rate": 5e-6,
         "max_length": settings["max_length"],
         "model_init_kwargs": {"dtype": "float32"},
+        "train_sampling_strategy": "sequential",
     } | settings.get("more", {})
     trainer = CountingTrainer(
         model=settings["model"],

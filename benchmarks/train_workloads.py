@@ -123,6 +123,7 @@ def iteration(bench: Bench) -> list[str]:
         "samples_per_prompt": 2,
         "micro_batch_size": 2 if bench.small else 4,
         "max_new_tokens": 16 if bench.small else 64,
+        "rounds_of": 1 if bench.small else 2,
         "seed": bench.seed,
     }
     cache = {"num_blocks": 256, "page_size": 32, "max_batch_tokens": 512}
@@ -139,7 +140,8 @@ def iteration(bench: Bench) -> list[str]:
         "## A whole on-policy iteration",
         "",
         f"SmolLM2-135M, {prompts_per_step} prompts, 2 samples of each, at most {settings['max_new_tokens']} tokens of",
-        "a response, scored by two frozen models, one optimizer step. Tokens are prompts and responses trained on.",
+        f"a response, scored by two frozen models, one optimizer step; {settings['rounds_of']} iterations a round.",
+        "Tokens are prompts and responses trained on; the prompts of a round are the same for all.",
         inputs.lengths(Path(settings["prompts"]), teacher),
         "",
         *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
