@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,11 +100,14 @@ class ChatClient:
     async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply, ends_on_refusals: bool) -> None:
         queue = iter(enumerate(requests))
         failures_in_a_row = 0
-        refusals_left = min(_MAX_FAILURES_IN_A_ROW, len(requests)) if ends_on_refusals else -1
+        refusals_left = min(_MAX_FAILURES_IN_A_ROW, len(requests)) if ends_on_refusals else math.inf
 
         async def work() -> None:
             nonlocal failures_in_a_row, refusals_left
             for number, request in queue:
+                if refusals_left <= 0:
+                    # Another worker has given up; the run ends before this one is cancelled.
+                    return
                 if failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
                     found: Reply | Failure = Failure(kind="not asked", detail="the server had stopped answering")
                 else:
@@ -112,13 +116,13 @@ class ChatClient:
                     failures_in_a_row = failures_in_a_row + 1 if is_lost else 0
                     if isinstance(found, Failure) and found.kind == REFUSED:
                         refusals_left -= 1
-                        if refusals_left == 0:
+                        if refusals_left <= 0:
                             raise UserError(
                                 f"the judge's server refuses the requests ({found.detail}); change what it names, "
                                 "--token_limit_key and --temperature default say which fields are sent"
                             )
                     elif isinstance(found, Reply):
-                        refusals_left = -1
+                        refusals_left = math.inf
                 on_reply(number, found)
 
         async with self._connect() as client:
