@@ -157,7 +157,7 @@ def plain(gate: Gate, settings: dict[str, Any]) -> None:
     frozen = FrozenPair(gate, settings)
     tokenizer, eos = frozen.tokenizer, frozen.tokenizer.eos_token_id
     policy = load(settings["teacher"])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rows = read_shuffled(settings["prompts"], settings["seed"], 0, 0)
     all_prompts: list[list[int]] = tokenizer([f"{row['prompt']}\n" for row in rows])["input_ids"]
     num_prompts = settings["prompts_per_step"]

@@ -153,6 +153,9 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         num_steps = self.planned_optimizer_steps()
         optimizer = self.optimizer(self.trained_parameters())
+        # A fused optimizer says that it would unscale gradients by itself, and with mixed precision Lightning then
+        # refuses to clip them. It takes gradients that are unscaled and clipped as any other does.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = self.make_schedule(optimizer, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

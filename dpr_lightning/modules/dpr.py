@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from dpr_lightning.models.policies import (
 )
 from dpr_lightning.modules.on_policy import OnPolicyModule
 from dpr_lightning.rollout.scoring import describe_rollouts, rollout_stats, score_tokens, trim
-from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, TokenScores
+from dpr_lightning.types import DPRBatch, Experience, RolloutBatch, SamplingConfig, TokenScores
 
 
 class DPRModule(OnPolicyModule):
@@ -45,6 +45,11 @@ class DPRModule(OnPolicyModule):
         kl_in_reward: beta of the k1 penalty towards the teacher inside the reward.
         importance_cap: C of the weights min(pi_old / pi_sampler, C) on each token's policy loss, which correct for a
             sampler whose probabilities are not the trainer's; None leaves them out. 2 is usual.
+        old_logp: Where log pi_old comes from. ``trainer`` is a forward of the policy before the updates, and the
+            method. ``sampler`` saves that forward: the sampler drew with the trainer's weights, and what it said is
+            the same but for rounding. ``policy/entropy`` is then estimated from the samples, and
+            ``rollout/sampler_*`` are not known. A sampler with weights of its own (vLLM) is still compared with the
+            trainer, which is asked as before.
         kwargs: See ``OnPolicyModule``.
     """
 
@@ -61,6 +66,7 @@ class DPRModule(OnPolicyModule):
         loss: PolicyLoss | None = None,
         kl_in_reward: float = 1e-5,
         importance_cap: float | None = None,
+        old_logp: Literal["trainer", "sampler"] = "trainer",
         **kwargs: Any,
     ) -> None:
         super().__init__(teacher, **kwargs)
@@ -78,6 +84,7 @@ class DPRModule(OnPolicyModule):
         self.loss: PolicyLoss = loss if loss is not None else ClippedPolicyLoss()
         self.kl_in_reward = kl_in_reward
         self.importance_cap = importance_cap
+        self.old_logp = old_logp
         self._pair: FrozenPair | None = None
         self.evaluation_metrics["reward_sum"] = MeanMetric()
 
@@ -124,9 +131,38 @@ class DPRModule(OnPolicyModule):
                 f"data.samples_per_prompt: found {num_samples}, but model.advantage.leave_one_out compares a sample "
                 "with the prompt's others; set it to 2 or more"
             )
+        if self.old_logp == "sampler":
+            self._check_sampler_logp()
 
-    def score(self, rollouts: RolloutBatch) -> TokenScores:
-        """Score rollouts under actor, teacher and reference, in the precision of training."""
+    def _check_sampler_logp(self) -> None:
+        """Refuse what needs more of pi_old than the sampler says."""
+        sampling = getattr(self.trainer.datamodule, "sampling", SamplingConfig())  # type: ignore[attr-defined]
+        found = (sampling.temperature, sampling.top_p, sampling.top_k)
+        reason = None
+        if found != (1.0, 1.0, 0):
+            reason = (
+                f"data.sampling has temperature, top_p and top_k {found}, and only at (1, 1, 0) does the sampler draw "
+                "from pi_old itself"
+            )
+        elif self.returns.needs_expected_reward:
+            reason = f"model.returns {type(self.returns).__name__} needs the whole of pi_old at each state"
+        elif self.importance_cap is not None:
+            reason = "model.importance_cap compares the sampler's log-probabilities with the trainer's"
+        if reason is not None:
+            raise UserError(f"model.old_logp: found sampler, but {reason}; set it to trainer, or change that")
+
+    def known_old_logp(self, rollouts: RolloutBatch) -> Tensor | None:
+        """Return [B, T] log pi_old where ``old_logp`` lets the sampler say it, else None."""
+        has_own_weights = getattr(self.sampler, "has_own_weights", False)
+        return rollouts.sampler_logp_BT if self.old_logp == "sampler" and not has_own_weights else None
+
+    def score(self, rollouts: RolloutBatch, *, old_logp_BT: Tensor | None = None) -> TokenScores:
+        """Score rollouts under actor, teacher and reference, in the precision of training.
+
+        Args:
+            rollouts: Samples.
+            old_logp_BT: Log pi_old where it is known, so that the actor need not be asked.
+        """
         with self.trainer.precision_plugin.forward_context(), self.frozen_policies() as frozen:
             return score_tokens(
                 rollouts,
@@ -136,14 +172,17 @@ class DPRModule(OnPolicyModule):
                 micro_batch_size=self.scoring_rows,
                 needs_values=self.reward.needs_values,
                 expectation_limits=self._expectation_limits(),
+                old_logp_BT=old_logp_BT,
             )
 
     def build_experience(self, rollouts: RolloutBatch, *, rollout_seconds: float) -> Experience:
         """Return rollouts with reward, return and advantage, normalised once over the batch and all ranks."""
         start = time.perf_counter()
         self.token_counts["rolled_out"] += int(rollouts.attention_mask_BT.sum())
-        scores = self.score(rollouts)
-        self.token_counts["scored"] += (1 + len(self.frozen)) * int(rollouts.attention_mask_BT.sum())
+        old_logp_BT = self.known_old_logp(rollouts)
+        scores = self.score(rollouts, old_logp_BT=old_logp_BT)
+        num_asked = len(self.frozen) + (old_logp_BT is None)
+        self.token_counts["scored"] += num_asked * int(rollouts.attention_mask_BT.sum())
         mask_BT = rollouts.response_mask_BT
         penalty_BT = self.kl_in_reward * k1(scores.old_logp_BT, scores.teacher_logp_BT)
         reward_BT = torch.where(mask_BT, self.reward(scores) - penalty_BT, 0.0)
@@ -156,6 +195,8 @@ class DPRModule(OnPolicyModule):
         )
         sums_BK = describe_rollouts(rollouts, scores, reward_BT, return_BT)
         stats = rollout_stats(self._gather(sums_BK))
+        if old_logp_BT is not None:
+            stats = {name: value for name, value in stats.items() if not name.startswith("rollout/sampler_")}
         if isinstance(self.reward, ClippedReward) and self.reward.is_clipped:
             num_hit, num_values = self.reduce_sum(self.reward.clip_counts(scores)).tolist()
             stats["reward/clip_share"] = num_hit / num_values

@@ -271,7 +271,7 @@ class Simulation:
                 for number, policy in enumerate((module.actor, module.frozen["teacher"])):
                     module.logprobs(policy, samples, with_entropy=number == 0)
             else:
-                module.score(samples)
+                module.score(samples, old_logp_BT=module.known_old_logp(samples))
             if isinstance(module, PPOModule):
                 self.tracker.begin("scoring by the critic")
                 with self._forward():

@@ -83,6 +83,7 @@ def score_tokens(
     micro_batch_size: int,
     needs_values: bool = False,
     expectation_limits: tuple[float, float] | None = None,
+    old_logp_BT: Tensor | None = None,
 ) -> TokenScores:
     """Score every response token of a right-padded batch under the three policies (ALGORITHM.md section 3, step 2).
 
@@ -98,21 +99,32 @@ def score_tokens(
         needs_values: Also return V = logsumexp of teacher and reference.
         expectation_limits: Also return the expectations that expected returns need, of the dense reward between these
             limits (minus and plus infinity for none).
+        old_logp_BT: [B, T] float32 log pi_old where it is known already: the actor is not asked. The entropy at a
+            state is then estimated by one sample, -log pi_old of the token chosen.
+
+    Raises:
+        ValueError: ``old_logp_BT`` comes with ``expectation_limits``, which need the actor's whole distribution.
     """
+    if old_logp_BT is not None and expectation_limits is not None:
+        raise ValueError("expectations over pi_old need the actor's own forward: leave old_logp_BT out")
     references = [reference] if isinstance(reference, CausalPolicy) else list(reference)
     for policy in (teacher, *references):
         policy.assert_frozen()
     device = actor.device
-    fields = ["old_logp_BT", "teacher_logp_BT", "reference_logp_BT", "old_entropy_BT"]
+    fields = ["teacher_logp_BT", "reference_logp_BT"]
+    fields += ["old_logp_BT", "old_entropy_BT"] if old_logp_BT is None else []
     fields += ["teacher_value_BT", "reference_value_BT"] if needs_values else []
     fields += ["teacher_kl_BT", "expected_dense_BT"] if expectation_limits is not None else []
     out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
     for rows_B, micro in micro_batches(batch, micro_batch_size, actor):
-        values = _score_micro_batch(micro.to(device), actor, teacher, references, needs_values, expectation_limits)
+        policies = [*([actor] if old_logp_BT is None else []), teacher, *references]
+        values = _score_micro_batch(micro.to(device), policies, len(references), needs_values, expectation_limits)
         for name, values_N in values.items():
             out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
                 values_N.float().cpu(), micro.response_mask_BT
             )
+    if old_logp_BT is not None:
+        out |= {"old_logp_BT": old_logp_BT, "old_entropy_BT": -old_logp_BT}
     return TokenScores(response_mask_BT=batch.response_mask_BT, **out)
 
 
@@ -165,39 +177,43 @@ def token_values(batch: TokenBatch, critic: ValueModel, *, micro_batch_size: int
 
 def _score_micro_batch(
     batch: TokenBatch,
-    actor: CausalPolicy,
-    teacher: CausalPolicy,
-    references: Sequence[CausalPolicy],
+    policies: Sequence[CausalPolicy],
+    num_references: int,
     needs_values: bool,
     expectation_limits: tuple[float, float] | None,
 ) -> dict[str, Tensor]:
-    """Return every wanted figure of the N response tokens of one micro-batch."""
+    """Return every wanted figure of the N response tokens of one micro-batch.
+
+    ``policies`` are the actor, where it is asked, the teacher and the references.
+    """
     target_N = batch.input_ids_BT[batch.response_mask_BT]
+    num_frozen = 1 + num_references
     heads = []
     scores = []
-    for policy in (actor, teacher, *references):
+    for number, policy in enumerate(policies):
         hidden_ND = policy.hidden_states(batch)
+        is_actor = number < len(policies) - num_frozen
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = policy.head(hidden_ND)
             scores.append(
-                token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor)
+                token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=is_actor)
             )
         heads.append((hidden_ND, head))
-    old, of_teacher, *of_references = scores
-    assert old.entropy_N is not None
+    of_teacher, *of_references = scores[-num_frozen:]
     values = {
-        "old_logp_BT": old.logp_N,
         "teacher_logp_BT": of_teacher.logp_N,
         "reference_logp_BT": _mean([of_reference.logp_N for of_reference in of_references]),
-        "old_entropy_BT": old.entropy_N,
     }
+    for old in scores[:-num_frozen]:
+        assert old.entropy_N is not None
+        values |= {"old_logp_BT": old.logp_N, "old_entropy_BT": old.entropy_N}
     if needs_values:
         values["teacher_value_BT"] = of_teacher.logsumexp_N
         values["reference_value_BT"] = _mean([of_reference.logsumexp_N for of_reference in of_references])
     if expectation_limits is not None:
         low, high = expectation_limits
         with torch.autocast(target_N.device.type, enabled=False):
-            expected = state_expectations(*heads, low=low, high=high, chunk_size=actor.chunk_size)
+            expected = state_expectations(*heads, low=low, high=high, chunk_size=policies[0].chunk_size)
         values |= {"teacher_kl_BT": expected.teacher_kl_N, "expected_dense_BT": expected.log_ratio_N}
     return values
 

@@ -6,6 +6,7 @@ Matrix products are counted exactly (torch leaves attention on a CPU out), so on
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,8 +79,11 @@ def test_scoring_costs_a_forward_for_each_policy(batch: TokenBatch, tiny_model: 
     policies = [CausalPolicy(tiny_model("llama", seed=seed)).freeze() for seed in range(3)]
     blocks, head = sizes(policies[0].model)
     actor, teacher, reference = policies
-    found = flops(lambda: score_tokens(batch, actor=actor, teacher=teacher, reference=reference, micro_batch_size=2))
-    assert found == 3 * 2 * (blocks * NUM_TOKENS + head * NUM_RESPONSE_TOKENS)
+    forward = 2 * (blocks * NUM_TOKENS + head * NUM_RESPONSE_TOKENS)
+    old_logp_BT = torch.zeros(batch.input_ids_BT.shape)
+    for known, num_asked in (({}, 3), ({"old_logp_BT": old_logp_BT}, 2)):
+        work = partial(score_tokens, batch, actor=actor, teacher=teacher, reference=reference, micro_batch_size=2)
+        assert flops(partial(work, **known)) == num_asked * forward
 
 
 def test_a_rollout_costs_its_tokens(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:

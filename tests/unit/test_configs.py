@@ -261,6 +261,7 @@ def test_ppo_recipe_is_dprs_with_a_critic(parse: Any) -> None:
                 "model.init_args.advantage",
                 "model.init_args.loss",
                 "model.init_args.kl_in_reward",
+                "model.init_args.old_logp",
                 "data.init_args.prompts_per_rollout",
                 "trainer.max_epochs",
             },
@@ -284,6 +285,8 @@ def test_overlays_change_what_they_name(parse: Any, recipe: str, changed: set[st
     elif recipe == "algorithm1":
         assert (type(build(model.advantage)), type(build(model.loss))) == (RawAdvantage, ReinforceLoss)
         assert (build(model.advantage).leave_one_out, model.kl_in_reward) == (False, 0.0)
+        # Nothing in the objective asks for pi_old.
+        assert (model.old_logp, model.importance_cap) == ("sampler", None)
         # One optimizer step per rollout batch; as many steps in all, and as many responses, as in dpr.yaml.
         sizes = config.data.init_args
         assert sizes.prompts_per_rollout * sizes.samples_per_prompt == sizes.global_batch_size == 128
@@ -302,6 +305,7 @@ def check_optimizer(model: Any, *, lr: float) -> None:
     assert model.optimizer.class_path == "torch.optim.AdamW"
     settings = model.optimizer.init_args
     assert (settings.lr, tuple(settings.betas), settings.weight_decay) == (lr, (0.9, 0.95), 0.0)
+    assert settings.fused is True
     assert (model.warmup_ratio, model.min_lr_ratio) == (0.03, 0.1)
 
 

@@ -219,6 +219,64 @@ def test_importance_weights_stand_on_the_advantages(
     assert not [name for name in unweighted.experiences[0].stats if "importance" in name]
 
 
+@pytest.mark.parametrize("loss", [ClippedPolicyLoss(), ReinforceLoss()], ids=lambda loss: type(loss).__name__)
+def test_the_sampler_may_say_the_old_log_probs(
+    loss: Any, dpr: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    runs = {}
+    for source in ("trainer", "sampler"):
+        module, data = dpr(model={"old_logp": source, "loss": loss, "kl_in_reward": 0.0})
+        keep = Keep()
+        make_trainer(max_epochs=2, callbacks=[keep]).fit(module, data)
+        runs[source] = module, keep.experiences
+    (module, own), (other, said) = runs["trainer"], runs["sampler"]
+    for one, two in zip(own, said, strict=True):
+        assert torch.equal(two.scores.old_logp_BT, two.rollouts.sampler_logp_BT)
+        torch.testing.assert_close(two.scores.old_logp_BT, one.scores.old_logp_BT, rtol=1e-4, atol=1e-4)
+        # One sample of the entropy at each state: minus the log-probability of what was drawn there.
+        num_tokens = int(two.rollouts.response_mask_BT.sum())
+        assert two.stats["policy/entropy"] == pytest.approx(-float(two.rollouts.sampler_logp_BT.sum()) / num_tokens)
+        assert {name for name in one.stats if name not in two.stats} == {
+            *("rollout/sampler_gap", "rollout/sampler_gap_max", "rollout/sampler_kl")
+        }
+    tokens = sum(int(experience.rollouts.attention_mask_BT.sum()) for experience in said)
+    assert (module.token_counts["scored"], other.token_counts["scored"]) == (3 * tokens, 2 * tokens)
+    # Rounding in the ratio; where there is none the two runs are one.
+    tolerance = 0.0 if isinstance(loss, ReinforceLoss) else 1e-3
+    for (name, weight), same in zip(module.actor.named_parameters(), other.actor.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=tolerance, atol=tolerance / 10, msg=name)
+    # A sampler with weights of its own is compared with the policy, as ever.
+    assert other.known_old_logp(said[0].rollouts) is not None
+    other.sampler.has_own_weights = True
+    assert other.known_old_logp(said[0].rollouts) is None
+    # A tempered answer's log-probabilities are not pi_old's: validation asks the policy.
+    scores = other.score(said[0].rollouts)
+    assert not torch.equal(scores.old_logp_BT, said[0].rollouts.sampler_logp_BT)
+
+
+@pytest.mark.parametrize(
+    ("model", "sampling", "message"),
+    [
+        ({"returns": ExpectedReturns()}, {}, r"found sampler, but model\.returns ExpectedReturns needs"),
+        ({"importance_cap": 2.0}, {}, r"found sampler, but model\.importance_cap compares"),
+        ({}, {"temperature": 0.5}, r"found sampler, but data\.sampling has .*\(0\.5, 1\.0, 0\)"),
+        ({}, {"top_k": 3}, r"found sampler, but data\.sampling has .*\(1\.0, 1\.0, 3\)"),
+    ],
+)
+def test_where_the_sampler_cannot_know_the_old_log_probs_it_is_not_asked(
+    model: dict[str, Any],
+    sampling: dict[str, Any],
+    message: str,
+    dpr: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    module, data = dpr(model={"old_logp": "sampler", **model})
+    data.sampling = dataclasses.replace(data.sampling, **sampling)
+    with pytest.raises(UserError, match=message):
+        make_trainer().fit(module, data)
+    assert module.policy is None
+
+
 class FixedSampler:
     """Answers every prompt with two tokens and EOS, and every third one with four tokens without."""
 

@@ -94,6 +94,29 @@ def logits_one_by_one(model: PreTrainedModel, prompt: list[int], response: list[
         return model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
 
 
+def test_known_old_log_probs_are_taken_as_they_are(rollouts: RolloutBatch, policies: list[CausalPolicy]) -> None:
+    actor, teacher, reference = policies
+    asked = score_tokens(rollouts, actor=actor, teacher=teacher, reference=reference, micro_batch_size=3)
+    known_BT = rollouts.sampler_logp_BT
+    found = score_tokens(
+        rollouts, actor=actor, teacher=teacher, reference=reference, micro_batch_size=3, old_logp_BT=known_BT
+    )
+    assert torch.equal(found.old_logp_BT, known_BT)
+    assert torch.equal(found.old_entropy_BT, -known_BT)
+    assert torch.equal(found.teacher_logp_BT, asked.teacher_logp_BT)
+    assert torch.equal(found.reference_logp_BT, asked.reference_logp_BT)
+    with pytest.raises(ValueError, match="leave old_logp_BT out"):
+        score_tokens(
+            rollouts,
+            actor=actor,
+            teacher=teacher,
+            reference=reference,
+            micro_batch_size=3,
+            old_logp_BT=known_BT,
+            expectation_limits=(-math.inf, math.inf),
+        )
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
 def test_scores_are_those_of_independent_forwards(
     rollouts: RolloutBatch, policies: list[CausalPolicy], micro_batch_size: int
