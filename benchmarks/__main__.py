@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[Bench], list[str]]] = {
     "logprobs": other_workloads.logprobs,
     "startup": other_workloads.startup,
     "scaling": other_workloads.scaling,
+    "kernels": other_workloads.kernels,
 }
 _PACKAGES = ("torch", "transformers", "lightning", "trl", "accelerate", "vllm")
 _ASK = f"""

@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from benchmarks.floor import count_forwards
 from benchmarks.gate import running
 from dpr_lightning.types import TokenBatch
 
@@ -86,6 +87,7 @@ def fit(recipe: str, settings: dict[str, Any], *more: str) -> None:
     """Run our command line's ``fit`` under the gate, without checkpoints and exports, which no peer writes either."""
     from dpr_lightning.main import main
 
+    count_forwards(running())
     folder = settings["folder"]
     overlay = os.path.join(folder, "gate.yaml")
     with open(overlay, "w") as file:

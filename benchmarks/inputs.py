@@ -185,11 +185,3 @@ def random_llama(bench: Bench, width: int, number: int) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
-
-
-def num_weights(directory: Path) -> int:
-    """Return how many weights a directory's model has."""
-    from safetensors import safe_open
-
-    with safe_open(directory / "model.safetensors", framework="pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())

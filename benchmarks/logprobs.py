@@ -14,13 +14,15 @@ from typing import Any
 from benchmarks.gate import Gate, resident
 
 _MIB = 2**20
+WIDTH = 576
+"""Of hidden states: SmolLM2-135M's."""
 
 
 def _run(gate: Gate, settings: dict[str, Any], total: Callable[[Any, Any, Any], Any]) -> None:
     import torch
 
     torch.manual_seed(settings["seed"])
-    num_tokens, width, vocabulary = settings["num_tokens"], 576, settings["vocabulary"]
+    num_tokens, width, vocabulary = settings["num_tokens"], WIDTH, settings["vocabulary"]
     is_frozen = settings["is_frozen"]
     hidden_ND = torch.randn(num_tokens, width, requires_grad=True)
     weight_VD = (torch.randn(vocabulary, width) / width**0.5).requires_grad_(not is_frozen)

@@ -6,11 +6,14 @@ import resource
 import statistics
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inputs
+from benchmarks import floor, inputs
 from benchmarks.driver import ROOT, Bench, Contender, Facts, Result, play, worker_environment
+from benchmarks.kernels import ROWS
+from benchmarks.logprobs import WIDTH
 from benchmarks.report import Column, Target, fact, ratios, table
 
 _SIZES = {"49k": 49_152, "128k": 128_256, "256k": 262_144}
@@ -25,7 +28,7 @@ def logprobs(bench: Bench) -> list[str]:
     lines = [
         "## Log-probabilities, forward and backward",
         "",
-        f"{num_tokens} tokens of width 576, float32. Memory is the most above what was resident before, less the",
+        f"{num_tokens} tokens of width {WIDTH}, float32. Memory is the most above what was resident before, less the",
         "gradients asked for. Naive is all logits, log_softmax, gather; torch's gives only the sum; TRL's is what its",
         "trainers call, and is not asked with a frozen weight. Liger's losses need Triton, which has no CPU. To save",
         "time there are two rounds at most, and at 128k only naive is a peer.",
@@ -56,8 +59,16 @@ def logprobs(bench: Bench) -> list[str]:
                 *table(results, columns),
                 *ratios(results, figures, [Target("naive", 1.0, at_most=True)]),
                 *ratios(results, memory, [Target("naive", 1 / 16, at_most=True)] if name == "256k" else [], form=".4f"),
+                *floor.section(bench, results["ours"], partial(_logprob_parts, settings)),
             ]
     return lines
+
+
+def _logprob_parts(settings: dict[str, Any], facts: Facts) -> list[floor.Part]:
+    # Logits, and each gradient that is asked for.
+    num_products = 2 if settings["is_frozen"] else 3
+    operations = 2.0 * num_products * settings["num_tokens"] * WIDTH * settings["vocabulary"]
+    return [floor.Part("forward and backward", operations, 0.0, facts["wall"])]
 
 
 def startup(bench: Bench) -> list[str]:
@@ -158,7 +169,11 @@ def scaling(bench: Bench) -> list[str]:
         for value in values[:2] if bench.small else values:
             sizes = _MIDDLE | {key: value}
             teacher, reference = (str(inputs.random_llama(bench, sizes["width"], number)) for number in (0, 1))
-            name = f"{value} ({inputs.num_weights(Path(teacher)) / 1e6:.1f}M weights)" if key == "width" else str(value)
+            name = (
+                f"{value} ({floor.Weights.of(Path(teacher)).total / 1e6:.1f}M weights)"
+                if key == "width"
+                else str(value)
+            )
             settings = shared | sizes | {"teacher": teacher, "reference": reference}
             results |= play(bench, "iteration", [Contender(name, "ours")], settings)
         lines += ["", f"### By {what}", "", *table(results, columns)]
@@ -220,3 +235,38 @@ def _logged(run_dir: Path) -> list[Facts]:
     stages = ("rollout", "score", "train")
     found = zip(*([event.value for event in events.Scalars(f"time/{stage}")] for stage in stages), strict=True)
     return [dict(zip(stages, values, strict=True)) | {"wall": sum(values)} for values in found]
+
+
+def kernels(bench: Bench) -> list[str]:
+    """Return the section on what was chosen between."""
+    contender = Contender("products", "products", settings={"num_blocks": 2 if bench.small else 20, "warm_up": 0})
+    result = play(bench, "kernels", [contender], {}, rounds=2)["products"]
+    lines = [
+        "## Choices",
+        "",
+        "CPU milliseconds of a product of some rows with a million weights, of layers that no cache holds: torch's",
+        "own; packed once for oneDNN, as a rollout of ours has them; transposed once; packed, and layers with the same",
+        "input together.",
+        "",
+    ]
+    ways = ("plain", "packed", "transposed", "together")
+    if result.failure is None:
+        lines += [f"| rows | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+        best = {name: min(facts[name] for facts in result.rounds) for name in result.rounds[0]}
+        for rows in ROWS:
+            cells = [format(best[f"{way}_{rows}"], ".2f") for way in ways]
+            lines.append(f"| {rows} | {' | '.join(cells)} |")
+        lines += ["", f"Packing a million weights takes {best['packing']:.2f} ms, once in a rollout."]
+    else:
+        lines.append(f"Did not run: {result.failure}")
+    num_weights = 10_000_000 if bench.small else 134_515_008
+    contender = Contender("AdamW", "adamw", settings={"num_weights": num_weights, "warm_up": 0})
+    result = play(bench, "kernels", [contender], {}, rounds=2)["AdamW"]
+    columns = [Column(name, fact(name), ".2f") for name in ("for-loop", "foreach", "fused")]
+    return [
+        *lines,
+        "",
+        f"CPU seconds of a step of AdamW, {num_weights / 1e6:.0f}M weights; the recipes' is fused:",
+        "",
+        *table({"AdamW": result}, columns),
+    ]

@@ -32,8 +32,10 @@ def load(settings: dict[str, Any]) -> tuple[Any, Any, list[list[int]]]:
 
 def ours(gate: Gate, settings: dict[str, Any]) -> None:
     """Our default sampler, with the log-probabilities that it gives along."""
+    from benchmarks.floor import count_forwards
     from dpr_lightning.rollout import TransformersSampler
 
+    count_forwards(gate)
     _sample(gate, settings, TransformersSampler())
 
 

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inputs
+from benchmarks import floor, inputs
 from benchmarks.driver import Bench, Contender, Result, play
 from benchmarks.report import COST, SPEEDS, Column, Target, best, fact, rate, ratios, starts, table
 
@@ -64,9 +64,17 @@ def sft(bench: Bench) -> list[str]:
             "",
             *table(results, [*COST, Column("real share", rate("tokens", "positions"), ".2f")]),
             *ratios(results, SPEEDS, targets),
+            *_sft_floor(bench, results["ours"], settings),
             *starts(results),
         ]
     return lines
+
+
+def _sft_floor(bench: Bench, result: Result, settings: dict[str, Any]) -> list[str]:
+    weights, num_steps = floor.Weights.of(Path(settings["model"])), settings.get("rounds_of", 1)
+    return floor.section(
+        bench, result, lambda facts: [floor.training(facts, weights, facts["wall"], num_steps=num_steps)]
+    )
 
 
 def rollout(bench: Bench) -> list[str]:
@@ -108,6 +116,12 @@ def rollout(bench: Bench) -> list[str]:
     if results["ours, vLLM sampler"].rounds and leader is not None:
         only = {name: results[name] for name in ("ours, vLLM sampler", leader)}
         lines += ratios(only, SPEEDS, [Target(leader, 0.9)], ours="ours, vLLM sampler")
+    weights = floor.Weights.of(Path(settings["model"]))
+    lines += floor.section(
+        bench,
+        results["ours"],
+        lambda facts: [floor.sampling(facts, weights, facts["wall"], num_drawn=facts["tokens"])],
+    )
     return [*lines, *starts(results)]
 
 
@@ -147,8 +161,24 @@ def iteration(bench: Bench) -> list[str]:
         *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
         *ratios(results, SPEEDS, [Target(contender.name, 2.0) for contender in contenders[1:4]]),
         *shares(results["ours"]),
+        *_iteration_floor(bench, results["ours"], settings),
         *starts(results),
     ]
+
+
+def _iteration_floor(bench: Bench, result: Result, settings: dict[str, Any]) -> list[str]:
+    weights = floor.Weights.of(Path(settings["teacher"]))
+
+    def parts(facts: dict[str, float]) -> list[floor.Part]:
+        sampled, scored, drawn = facts["rollout_seconds"], facts["score_seconds"], facts["response_tokens"]
+        return [
+            floor.sampling(facts, weights, sampled, num_drawn=drawn),
+            # By teacher and reference.
+            floor.scoring(facts, weights, scored, num_scored=2 * drawn),
+            floor.training(facts, weights, facts["wall"] - sampled - scored, num_steps=settings["rounds_of"]),
+        ]
+
+    return floor.section(bench, result, parts)
 
 
 def shares(result: Result) -> list[str]:
@@ -164,7 +194,7 @@ def shares(result: Result) -> list[str]:
     verdict = "reached" if frozen[0] <= 0.25 else "**missed**"
     return [
         "",
-        f"Of our iteration's wall time sampling takes {rollout_share[0]:.0%}, scoring by actor, teacher and reference "
+        f"Of our iteration's wall time sampling takes {rollout_share[0]:.0%}, scoring "
         f"{score_share[0]:.0%}; teacher and reference alone {frozen[0]:.0%} ({frozen[1]:.0%} to {frozen[2]:.0%}; at "
         f"most 25%: {verdict}).",
     ]
