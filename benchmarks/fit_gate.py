@@ -71,7 +71,6 @@ class FitGate(Callback):
         assert isinstance(batch, TokenBatch)
         gate.add(
             tokens=int(batch.attention_mask_BT.sum()),
-            positions=batch.input_ids_BT.numel(),
             response_tokens=int(batch.response_mask_BT.sum()),
         )
         if trainer.global_step == self._num_steps or (self.per_epoch and not trainer.is_last_batch):

@@ -59,6 +59,8 @@ def count_forwards(gate: Gate) -> None:
     def run(decoder: Any, input_ids_N: Any, position_N: Any, layout: Any) -> Any:
         kind = "sampled" if isinstance(layout, SlotCache) else "trained" if torch.is_grad_enabled() else "scored"
         gate.add(**{f"{kind}_tokens": len(input_ids_N), f"{kind}_forwards": 1})
+        if kind == "trained":
+            gate.add(positions=len(input_ids_N))
         return forward(decoder, input_ids_N, position_N, layout)
 
     ragged.run = run

@@ -125,21 +125,27 @@ def rollout(bench: Bench) -> list[str]:
     return [*lines, *starts(results)]
 
 
+_ITERATIONS: list[tuple[int, dict[str, Any]]] = [
+    (5, {"samples_per_prompt": 2, "micro_batch_size": 4, "max_new_tokens": 64, "rounds_of": 2}),
+    # What TRL's trainers do if nothing is said: eight samples of a prompt, eight rows a forward.
+    (3, {"samples_per_prompt": 8, "micro_batch_size": 8, "max_new_tokens": 96, "rounds_of": 1}),
+]
+"""How many contenders play, to save time, and what they are told."""
+
+
 def iteration(bench: Bench) -> list[str]:
     """Return the section on whole iterations."""
     teacher, reference = inputs.tuned_pair(bench)
-    prompts_per_step = 2 if bench.small else 4
-    settings: dict[str, Any] = {
+    shared = {
         "teacher": str(teacher),
         "reference": str(reference),
         "prompts": str(inputs.prompts(bench, 256, most=48)),
-        "prompts_per_step": prompts_per_step,
-        "samples_per_prompt": 2,
-        "micro_batch_size": 2 if bench.small else 4,
-        "max_new_tokens": 16 if bench.small else 64,
-        "rounds_of": 1 if bench.small else 2,
         "seed": bench.seed,
     }
+    sizes = _ITERATIONS
+    if bench.small:
+        sizes = [(5, {"samples_per_prompt": 2, "micro_batch_size": 2, "max_new_tokens": 16, "rounds_of": 1})]
+    prompts_per_step = 2 if bench.small else 4
     cache = {"num_blocks": 256, "page_size": 32, "max_batch_tokens": 512}
     continuous = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": cache}
     contenders = [
@@ -149,21 +155,28 @@ def iteration(bench: Bench) -> list[str]:
         Contender("TRL RLOO, continuous batching", "rloo", "trl", {"more": continuous}),
         Contender("plain PyTorch", "plain"),
     ]
-    results = play(bench, "iteration", contenders, settings)
-    return [
+    lines = [
         "## A whole on-policy iteration",
         "",
-        f"SmolLM2-135M, {prompts_per_step} prompts, 2 samples of each, at most {settings['max_new_tokens']} tokens of",
-        f"a response, scored by two frozen models, one optimizer step; {settings['rounds_of']} iterations a round.",
+        f"SmolLM2-135M, {prompts_per_step} prompts, samples of each, scored by two frozen models, one optimizer step.",
         "Tokens are prompts and responses trained on; the prompts of a round are the same for all.",
-        inputs.lengths(Path(settings["prompts"]), teacher),
-        "",
-        *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
-        *ratios(results, SPEEDS, [Target(contender.name, 2.0) for contender in contenders[1:4]]),
-        *shares(results["ours"]),
-        *_iteration_floor(bench, results["ours"], settings),
-        *starts(results),
+        inputs.lengths(Path(shared["prompts"]), teacher),
     ]
+    for num_contenders, size in sizes:
+        settings = shared | size | {"prompts_per_step": prompts_per_step}
+        results = play(bench, "iteration", contenders[:num_contenders], settings)
+        lines += [
+            "",
+            f"### {size['samples_per_prompt']} samples of a prompt, at most {size['max_new_tokens']} tokens, "
+            f"{size['micro_batch_size']} rows a forward, {size['rounds_of']} iterations a round",
+            "",
+            *table(results, [*COST, Column("response tokens", fact("response_tokens"), ".0f")]),
+            *ratios(results, SPEEDS, [Target(contender.name, 2.0) for contender in contenders[1:4]]),
+            *shares(results["ours"]),
+            *_iteration_floor(bench, results["ours"], settings),
+            *starts(results),
+        ]
+    return lines
 
 
 def _iteration_floor(bench: Bench, result: Result, settings: dict[str, Any]) -> list[str]:
