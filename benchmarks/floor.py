@@ -7,6 +7,7 @@ else are left out, so nobody can reach a floor.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks.driver import Bench, Contender, Result, play
 from benchmarks.gate import Gate
+from benchmarks.timing import in_turns
 
 _ADAMW_BYTES = 28
 """For each weight: itself, its gradient and two moments are read, all but the gradient are written."""
@@ -29,19 +31,11 @@ def machine(gate: Gate, settings: dict[str, Any]) -> None:
     long = torch.randn(2**27)
 
     def work(number: int) -> None:
-        gate.add(flops=2 * 2048**3 / _seconds(lambda: square @ square), bandwidth=long.nbytes / _seconds(long.sum))
+        # The least of some tries: a floor is of a machine that does nothing else.
+        seconds = in_turns({"product": lambda: square @ square, "read": long.sum}, clock=time.perf_counter)
+        gate.add(flops=2 * 2048**3 / seconds["product"], bandwidth=long.nbytes / seconds["read"])
 
     gate.serve(work)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the least of some tries: a floor is of a machine that does nothing else."""
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 CONTENDERS = {"machine": machine}
@@ -59,8 +53,6 @@ def count_forwards(gate: Gate) -> None:
     def run(decoder: Any, input_ids_N: Any, position_N: Any, layout: Any) -> Any:
         kind = "sampled" if isinstance(layout, SlotCache) else "trained" if torch.is_grad_enabled() else "scored"
         gate.add(**{f"{kind}_tokens": len(input_ids_N), f"{kind}_forwards": 1})
-        if kind == "trained":
-            gate.add(positions=len(input_ids_N))
         return forward(decoder, input_ids_N, position_N, layout)
 
     ragged.run = run
@@ -85,18 +77,11 @@ class Weights:
         with safe_open(model / "model.safetensors", framework="pt") as file:
             for name in file.keys():
                 sizes[name] = tuple(file.get_slice(name).get_shape())
-        counts = {name: _product(shape) for name, shape in sizes.items()}
+        counts = {name: math.prod(shape) for name, shape in sizes.items()}
         blocks = sum(count for name, count in counts.items() if ".layers." in name and len(sizes[name]) == 2)
         # Tied, the embedding is the output layer.
         head = counts.get("lm_head.weight", counts["model.embed_tokens.weight"])
         return cls(blocks, head, sum(counts.values()))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
 
 
 @dataclass(frozen=True, slots=True)

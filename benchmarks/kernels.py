@@ -6,11 +6,11 @@ SmolLM2-135M's, enough of them that no cache holds them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gate import Gate
+from benchmarks.timing import in_turns
 
 ROWS = (1, 4, 8, 16, 32, 64, 256)
 _SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
@@ -23,33 +23,33 @@ def products(gate: Gate, settings: dict[str, Any]) -> None:
     """Milliseconds for a million weights: torch's product, packed weights, transposed ones, and layers put together."""
     import torch
 
+    from dpr_lightning.functional.logprobs import LMHead
+    from dpr_lightning.rollout.packed import packed_head
+
     num_blocks = settings["num_blocks"]
     blocks = [[torch.randn(*shape) for shape in _SHAPES] for _ in range(num_blocks)]
     num_weights = num_blocks * sum(outputs * inputs for outputs, inputs in _SHAPES)
 
-    def pack(weight: Any) -> Any:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    def pack(weight: Any) -> Callable[[Any], Any]:
+        return packed_head(LMHead(weight_VD=weight))
 
-    def multiply(input_: Any, packed: Any) -> Any:
-        return torch.ops.mkldnn._linear_pointwise(input_, packed, None, "none", [], "")
-
-    packed = [(pack(weight), weight.shape[1]) for block in blocks for weight in block]
-    transposed = [weight.T.contiguous() for block in blocks for weight in block]
+    plain = [weight for block in blocks for weight in block]
+    packed = [(pack(weight), weight.shape[1]) for weight in plain]
+    transposed = [weight.T.contiguous() for weight in plain]
     together = []
     for block in blocks:
         for group in _TOGETHER:
             weight = torch.cat([block[number] for number in group])
             together.append((pack(weight), weight.shape[1]))
-    plain = [weight for block in blocks for weight in block]
 
     def work(number: int) -> None:
         for rows in ROWS:
             inputs = {size: torch.randn(rows, size) for size in (576, 1536)}
             ways: dict[str, Callable[[], object]] = {
                 "plain": lambda inputs=inputs: [inputs[weight.shape[1]] @ weight.T for weight in plain],
-                "packed": lambda inputs=inputs: [multiply(inputs[size], weight) for weight, size in packed],
+                "packed": lambda inputs=inputs: [multiply(inputs[size]) for multiply, size in packed],
                 "transposed": lambda inputs=inputs: [inputs[len(weight)] @ weight for weight in transposed],
-                "together": lambda inputs=inputs: [multiply(inputs[size], weight) for weight, size in together],
+                "together": lambda inputs=inputs: [multiply(inputs[size]) for multiply, size in together],
             }
             for name, seconds in in_turns(ways).items():
                 gate.add(**{f"{name}_{rows}": seconds * 1e9 / num_weights})
@@ -74,18 +74,6 @@ def adamw(gate: Gate, settings: dict[str, Any]) -> None:
             gate.add(**{name: in_turns({name: optimizer.step})[name]})
 
     gate.serve(work)
-
-
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Return the least CPU seconds of each; the first round warms up."""
-    least = dict.fromkeys(ways, float("inf"))
-    for number in range(rounds + 1):
-        for name, work in ways.items():
-            start = time.process_time()
-            work()
-            if number:
-                least[name] = min(least[name], time.process_time() - start)
-    return least
 
 
 CONTENDERS = {"products": products, "adamw": adamw}

@@ -46,7 +46,7 @@ def trl(gate: Gate, settings: dict[str, Any]) -> None:
             mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
             gate.add(
                 tokens=ids.numel() if mask is None else int(mask.sum()),
-                positions=ids.numel(),
+                trained_tokens=ids.numel(),
                 response_tokens=int((inputs["labels"] != -100).sum()),
             )
             return super().training_step(model, inputs, *args, **kwargs)

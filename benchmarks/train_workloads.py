@@ -22,9 +22,10 @@ def sft(bench: Bench) -> list[str]:
         "## SFT, prompts and responses of mixed lengths",
         "",
         "`dpr-lightning fit` and TRL's SFTTrainer. Tokens are those of prompts and responses without padding; real",
-        "share is what they are of the positions of batches. TRL with its defaults, and with its means against",
-        "padding: `padding_free`, on the small model `packing` (both run on SDPA here, without flash attention), and",
-        "sampling by length, which makes batches of like rows and so another distribution over steps than shuffling.",
+        "share is what they are of the positions that go through the model. TRL with its defaults, and with its means",
+        "against padding: `padding_free`, on the small model `packing` (both run on SDPA here, without flash",
+        "attention), and sampling by length, which makes batches of like rows and so another distribution over steps",
+        "than shuffling.",
     ]
     sizes: dict[str, dict[str, Any]] = {
         "SmolLM2-135M": {
@@ -62,7 +63,7 @@ def sft(bench: Bench) -> list[str]:
             "",
             inputs.lengths(Path(settings["rows"]), Path(settings["model"])),
             "",
-            *table(results, [*COST, Column("real share", rate("tokens", "positions"), ".2f")]),
+            *table(results, [*COST, Column("real share", rate("tokens", "trained_tokens"), ".2f")]),
             *ratios(results, SPEEDS, targets),
             *_sft_floor(bench, results["ours"], settings),
             *starts(results),

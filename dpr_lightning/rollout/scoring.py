@@ -117,8 +117,8 @@ def score_tokens(
     fields += ["teacher_kl_BT", "expected_dense_BT"] if expectation_limits is not None else []
     out = {name: torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32) for name in fields}
     for rows_B, micro in micro_batches(batch, micro_batch_size, actor):
-        policies = [*([actor] if old_logp_BT is None else []), teacher, *references]
-        values = _score_micro_batch(micro.to(device), policies, len(references), needs_values, expectation_limits)
+        asked = actor if old_logp_BT is None else None
+        values = _score_micro_batch(micro.to(device), asked, teacher, references, needs_values, expectation_limits)
         for name, values_N in values.items():
             out[name][rows_B, : micro.input_ids_BT.shape[1]] = scatter_tokens(
                 values_N.float().cpu(), micro.response_mask_BT
@@ -177,43 +177,40 @@ def token_values(batch: TokenBatch, critic: ValueModel, *, micro_batch_size: int
 
 def _score_micro_batch(
     batch: TokenBatch,
-    policies: Sequence[CausalPolicy],
-    num_references: int,
+    actor: CausalPolicy | None,
+    teacher: CausalPolicy,
+    references: Sequence[CausalPolicy],
     needs_values: bool,
     expectation_limits: tuple[float, float] | None,
 ) -> dict[str, Tensor]:
-    """Return every wanted figure of the N response tokens of one micro-batch.
-
-    ``policies`` are the actor, where it is asked, the teacher and the references.
-    """
+    """Return every wanted figure of the N response tokens of one micro-batch; None for the actor: it is not asked."""
     target_N = batch.input_ids_BT[batch.response_mask_BT]
-    num_frozen = 1 + num_references
     heads = []
     scores = []
-    for number, policy in enumerate(policies):
+    for policy in (*([] if actor is None else [actor]), teacher, *references):
         hidden_ND = policy.hidden_states(batch)
-        is_actor = number < len(policies) - num_frozen
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = policy.head(hidden_ND)
             scores.append(
-                token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=is_actor)
+                token_logprobs(hidden_ND, head, target_N, chunk_size=policy.chunk_size, with_entropy=policy is actor)
             )
         heads.append((hidden_ND, head))
-    of_teacher, *of_references = scores[-num_frozen:]
-    values = {
-        "teacher_logp_BT": of_teacher.logp_N,
-        "reference_logp_BT": _mean([of_reference.logp_N for of_reference in of_references]),
-    }
-    for old in scores[:-num_frozen]:
+    values: dict[str, Tensor] = {}
+    if actor is not None:
+        old = scores.pop(0)
         assert old.entropy_N is not None
         values |= {"old_logp_BT": old.logp_N, "old_entropy_BT": old.entropy_N}
+    of_teacher, *of_references = scores
+    values["teacher_logp_BT"] = of_teacher.logp_N
+    values["reference_logp_BT"] = _mean([of_reference.logp_N for of_reference in of_references])
     if needs_values:
         values["teacher_value_BT"] = of_teacher.logsumexp_N
         values["reference_value_BT"] = _mean([of_reference.logsumexp_N for of_reference in of_references])
     if expectation_limits is not None:
+        assert actor is not None, "refused by score_tokens"
         low, high = expectation_limits
         with torch.autocast(target_N.device.type, enabled=False):
-            expected = state_expectations(*heads, low=low, high=high, chunk_size=policies[0].chunk_size)
+            expected = state_expectations(*heads, low=low, high=high, chunk_size=actor.chunk_size)
         values |= {"teacher_kl_BT": expected.teacher_kl_N, "expected_dense_BT": expected.log_ratio_N}
     return values
 

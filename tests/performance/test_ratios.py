@@ -5,12 +5,12 @@ The least CPU time of several rounds is compared; the margins are wide, as these
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import in_turns
 from dpr_lightning.functional.logprobs import LMHead, token_logprobs
 from dpr_lightning.rollout import TransformersSampler
 from dpr_lightning.types import SamplingConfig
@@ -18,14 +18,8 @@ from dpr_lightning.types import SamplingConfig
 
 def ratio(ours: Callable[[], object], plain: Callable[[], object], rounds: int = 5) -> float:
     """Return the least CPU time of ours over that of the plain way."""
-    least = {ours: float("inf"), plain: float("inf")}
-    for number in range(rounds + 1):
-        for work in least:
-            start = time.process_time()
-            work()
-            if number:
-                least[work] = min(least[work], time.process_time() - start)
-    return least[ours] / least[plain]
+    least = in_turns({"ours": ours, "plain": plain}, rounds=rounds)
+    return least["ours"] / least["plain"]
 
 
 def test_log_probs_are_no_slower_than_whole_logits() -> None:
