@@ -1,10 +1,11 @@
-# `make demo`, `make test`, `make bench`. Each sets up first; set-up does nothing when it is up to date.
+# `make demo`, `make test`, `make bench`, `make gpu`. Set-up comes first, and does nothing when it is up to date.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 TEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
 # Peers of the benchmarks, each in an environment of its own.
 TRL := .venv-trl
@@ -14,18 +15,28 @@ VLLM := .venv-vllm
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test bench lint types setup clean
+.PHONY: demo test bench gpu lint types setup clean
 
 demo: $(SETUP)
 	$(BIN)/dpr-lightning demo
 
-# A process for each core; a file's tests stay together, as they share what is slow to make.
+# A process for each core; a file's tests stay together, as they share what is slow to make. In their own order, slow
+# folders come first, so that no process is left alone with one at the end.
 test: $(SETUP)
-	$(BIN)/python -m pytest -n logical --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # docs/performance.md has the arguments and what is measured.
 bench: $(SETUP) $(TRL)/.setup-done $(VLLM)/.setup-done
 	$(BIN)/python -m benchmarks --trl $(TRL) --vllm $(VLLM) $(BENCH_ARGS)
+
+# A GPU machine's own Python, if it has what cannot be brought there; elsewhere the environment of the other targets.
+gpu:
+	@if $(PYTHON) -c "import importlib.util as u, sys; \
+			sys.exit(None in [u.find_spec(n) for n in ('torch', 'transformers', 'lightning', 'peft')])"; then \
+		$(PYTHON) -m benchmarks.gpu $(GPU_ARGS); \
+	else \
+		$(MAKE) --no-print-directory setup && $(BIN)/python -m benchmarks.gpu $(GPU_ARGS); \
+	fi
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -134,7 +134,13 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def play(
-    bench: Bench, workload: str, contenders: Sequence[Contender], settings: dict[str, Any], *, rounds: int | None = None
+    bench: Bench,
+    workload: str,
+    contenders: Sequence[Contender],
+    settings: dict[str, Any],
+    *,
+    rounds: int | None = None,
+    starts_together: bool = False,
 ) -> dict[str, Result]:
     """Return every contender's rounds; one that fails is left out of later rounds and says why.
 
@@ -144,17 +150,25 @@ def play(
         contenders: Ours first.
         settings: What all of them are told.
         rounds: In place of the bench's own number.
+        starts_together: Contenders load and warm up at the same time, where cores are many and minutes few.
     """
     results = {contender.name: Result() for contender in contenders}
     workers: dict[str, Worker] = {}
     try:
-        # One at a time: nobody warms up while another is measured.
-        for contender in contenders:
-            try:
-                workers[contender.name] = Worker(bench, workload, contender, settings)
-                results[contender.name].start = workers[contender.name].listen()
-            except ContenderError as failure:
-                _drop(contender.name, failure, workers, results)
+        # All are warm before the first is measured.
+        for batch in [contenders] if starts_together else [[contender] for contender in contenders]:
+            for contender in batch:
+                try:
+                    workers[contender.name] = Worker(bench, workload, contender, settings)
+                except ContenderError as failure:
+                    _drop(contender.name, failure, workers, results)
+            for contender in batch:
+                if contender.name not in workers:
+                    continue
+                try:
+                    results[contender.name].start = workers[contender.name].listen()
+                except ContenderError as failure:
+                    _drop(contender.name, failure, workers, results)
         for number in range(bench.rounds if rounds is None else rounds):
             for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
                 try:

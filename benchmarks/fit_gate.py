@@ -95,7 +95,8 @@ def fit(recipe: str, settings: dict[str, Any], *more: str) -> None:
             f"        per_epoch: {str(recipe != 'sft').lower()}\n  enable_checkpointing: false\n"
         )
     files = ["configs/base.yaml", f"configs/recipe/{recipe}.yaml"]
-    files += [*settings.get("overlays", []), "configs/hardware/cpu.yaml", overlay]
+    files += [*settings.get("overlays", []), f"configs/hardware/{settings.get('hardware', 'cpu')}.yaml", overlay]
     arguments = [argument for file in files for argument in ("-c", file)]
     run_dir = os.path.join(folder, f"run-{time.time_ns()}")
+    more = (*more, *settings.get("fit_arguments", []))
     main(["fit", *arguments, f"--run_dir={run_dir}", "--trainer.enable_progress_bar=false", *more])

@@ -23,11 +23,13 @@ class Gate:
     Args:
         rounds_of: Pieces of work (optimizer steps, iterations) in one round.
         warm_up: Pieces of work before the first round, which are not measured.
+        is_cuda: The work is done by a CUDA device, and its memory is what counts.
     """
 
-    def __init__(self, *, rounds_of: int = 1, warm_up: int = 1) -> None:
+    def __init__(self, *, rounds_of: int = 1, warm_up: int = 1, is_cuda: bool = False) -> None:
         self.rounds_of = rounds_of
         self.warm_up = warm_up
+        self.is_cuda = is_cuda
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         sys.stdout = sys.stderr
@@ -42,10 +44,13 @@ class Gate:
 
     def piece_done(self) -> None:
         """End one piece of work; between rounds this blocks until the next is asked for, and exits when none is."""
+        if self.is_cuda:
+            _cuda().synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         self._num_pieces += 1
         if self._num_pieces == self.rounds_of:
-            self._say(wall=wall - self._start[0], cpu=cpu - self._start[1], peak_gib=peak_bytes() / _GIB)
+            peak = _cuda().max_memory_allocated() if self.is_cuda else peak_bytes()
+            self._say(wall=wall - self._start[0], cpu=cpu - self._start[1], peak_gib=peak / _GIB)
             self._wait()
         elif self._num_pieces == 0:
             self._is_ready()
@@ -65,8 +70,10 @@ class Gate:
         self._wait()
 
     def _wait(self) -> None:
-        # What malloc keeps would stand in the memory of those whose turn it is.
+        # What allocators keep would stand in the memory of those whose turn it is.
         ctypes.CDLL(None).malloc_trim(0)
+        if self.is_cuda:
+            _cuda().empty_cache()
         if not sys.stdin.readline().startswith("round"):
             # Trainers cannot be left from inside in a better way; nothing of theirs is wanted.
             os._exit(0)
@@ -77,6 +84,12 @@ class Gate:
     def _say(self, **facts: float) -> None:
         self._out.write(json.dumps(facts | self._counts) + "\n")
         self._out.flush()
+
+
+def _cuda() -> Any:
+    import torch
+
+    return torch.cuda
 
 
 current: Gate | None = None

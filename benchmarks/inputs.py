@@ -6,6 +6,7 @@ anybody has the same; what they say does not change the cost. Lengths are lognor
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import subprocess
@@ -63,6 +64,37 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
+def exact_rows(model: Path, path: Path, num_rows: int, num_tokens: tuple[int, int]) -> Path:
+    """Write rows whose prompts and responses have exactly so many tokens, BOS, line break and EOS included.
+
+    Args:
+        model: Directory with the tokenizer.
+        path: File to write.
+        num_rows: How many; each prompt is different.
+        num_tokens: Of each prompt and each response.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+
+    def text(count: int, number: int) -> str:
+        num_words = count
+        while True:
+            words = f"{number}" + " 7" * num_words
+            excess = len(tokenizer(words, add_special_tokens=False)["input_ids"]) - count
+            if excess <= 0:
+                return words
+            # A word has one or two tokens, as the tokenizer is.
+            num_words -= max(1, excess // 2)
+
+    has_bos = tokenizer("7")["input_ids"][0] == tokenizer.bos_token_id
+    rows = [
+        {"prompt": text(num_tokens[0] - 1 - has_bos, row), "response": text(num_tokens[1] - 1, row)}
+        for row in range(num_rows)
+    ]
+    return write_rows(path, rows)
+
+
 def demonstrations(bench: Bench, num_rows: int, *, most: int) -> Path:
     """Write prompts of 5 to ``most // 3`` words and responses of 5 to ``most``, medians 16 and 32."""
     prompts = texts(num_rows, bench.seed, num_words=(16, 0.6, 5, most // 3))
@@ -88,6 +120,24 @@ def read_shuffled(path: str, *seeds: int) -> list[dict[str, str]]:
 
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [rows[index] for index in np.random.default_rng(seeds).permutation(len(rows))]
+
+
+def load_model(settings: dict[str, Any], directory: str, *, dtype: str = "float32") -> Any:
+    """Return a contender's model on its device.
+
+    Args:
+        settings: ``device`` (the CPU if left out), and ``model_class`` where weights are not read from the directory.
+        directory: A transformers directory.
+        dtype: Of its weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    if "model_class" in settings:
+        module, _, name = settings["model_class"].rpartition(".")
+        loader = getattr(importlib.import_module(module), name)
+    return loader.from_pretrained(directory, dtype=getattr(torch, dtype)).to(settings.get("device", "cpu"))
 
 
 def lengths(rows: Path, model: Path) -> str:

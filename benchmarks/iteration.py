@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gate import Gate
-from benchmarks.inputs import read_shuffled
+from benchmarks.generation import generate_responses
+from benchmarks.inputs import load_model, read_shuffled
 
 _LR = 5e-7
 
@@ -49,7 +50,12 @@ class FrozenPair:
 
         self.gate = gate
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings["teacher"])
-        self.models = [load(settings[name]).requires_grad_(False).eval() for name in ("teacher", "reference")]
+        self.models = [
+            load_model(settings, settings[name], dtype=settings.get("frozen_dtype", "float32"))
+            .requires_grad_(False)
+            .eval()
+            for name in ("teacher", "reference")
+        ]
         self.size = 2 * settings["micro_batch_size"]
         """Rows of one forward: no gradients, so twice those of training, as ours."""
 
@@ -62,6 +68,7 @@ class FrozenPair:
         for start in range(0, len(order), self.size):
             rows = order[start : start + self.size]
             batch = pad([prompts[row] for row in rows], [responses[row] for row in rows], self.tokenizer.eos_token_id)
+            batch = tuple(tensor.to(self.models[0].device) for tensor in batch)
             with torch.no_grad():
                 teacher_BT, reference_BT = (logprobs(model, batch) for model in self.models)
             for row, total in zip(rows, (teacher_BT - reference_BT).sum(dim=1).tolist(), strict=True):
@@ -69,14 +76,6 @@ class FrozenPair:
         num_tokens = sum(map(len, responses))
         self.gate.add(tokens=num_tokens + sum(map(len, prompts)), response_tokens=num_tokens)
         return rewards
-
-
-def load(directory: str) -> Any:
-    """Return a model in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def pad(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> tuple[Any, Any, Any]:
@@ -101,7 +100,7 @@ def logprobs(model: Any, batch: tuple[Any, Any, Any]) -> Any:
     hidden_BTD = model.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
     wanted_BT = response_BT[:, 1:]
     logits_NV = model.lm_head(hidden_BTD[:, :-1][wanted_BT])
-    logp_N = logits_NV.log_softmax(dim=-1).gather(1, ids_BT[:, 1:][wanted_BT][:, None]).squeeze(1)
+    logp_N = logits_NV.float().log_softmax(dim=-1).gather(1, ids_BT[:, 1:][wanted_BT][:, None]).squeeze(1)
     return logp_N.new_zeros(wanted_BT.shape).masked_scatter(wanted_BT, logp_N)
 
 
@@ -130,7 +129,7 @@ def _trl(gate: Gate, settings: dict[str, Any], name: str) -> None:
         "shuffle_dataset": False,
     } | settings.get("more", {})
     trainer = getattr(trl, f"{name}Trainer")(
-        model=load(settings["teacher"]),
+        model=load_model(settings, settings["teacher"]),
         reward_funcs=reward,
         args=getattr(trl, f"{name}Config")(**arguments),
         train_dataset=Dataset.from_list([{"prompt": f"{row['prompt']}\n"} for row in rows]),
@@ -156,7 +155,7 @@ def plain(gate: Gate, settings: dict[str, Any]) -> None:
 
     frozen = FrozenPair(gate, settings)
     tokenizer, eos = frozen.tokenizer, frozen.tokenizer.eos_token_id
-    policy = load(settings["teacher"])
+    policy = load_model(settings, settings["teacher"])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rows = read_shuffled(settings["prompts"], settings["seed"], 0, 0)
     all_prompts: list[list[int]] = tokenizer([f"{row['prompt']}\n" for row in rows])["input_ids"]
@@ -168,7 +167,7 @@ def plain(gate: Gate, settings: dict[str, Any]) -> None:
         first = number * num_prompts % len(all_prompts)
         chosen = all_prompts[first : first + num_prompts]
         prompts = [prompt for prompt in chosen for _ in range(settings["samples_per_prompt"])]
-        responses = _generate(policy, prompts, eos, settings["max_new_tokens"])
+        responses = generate_responses(policy, prompts, eos, settings["max_new_tokens"])
         num_tokens = sum(map(len, responses))
         gate.add(tokens=num_tokens + sum(map(len, prompts)), response_tokens=num_tokens)
         for start in range(0, len(prompts), size):
@@ -184,28 +183,6 @@ def plain(gate: Gate, settings: dict[str, Any]) -> None:
         optimizer.zero_grad()
 
     gate.serve(work)
-
-
-def _generate(policy: Any, prompts: list[list[int]], eos: int, max_new_tokens: int) -> list[list[int]]:
-    import torch
-
-    width = max(map(len, prompts))
-    input_BT = torch.tensor([[eos] * (width - len(ids)) + ids for ids in prompts])
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    with torch.no_grad():
-        output_BT = policy.generate(
-            input_ids=input_BT,
-            attention_mask=mask_BT,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-    rows = output_BT[:, width:].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 
 CONTENDERS = {"ours": ours, "grpo": grpo, "rloo": rloo, "plain": plain}

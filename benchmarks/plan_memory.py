@@ -1,6 +1,6 @@
 """Checks what ``dpr-lightning plan`` says against what ``dpr-lightning fit`` takes, phase by phase, on a CPU.
 
-    python benchmarks/plan_memory.py --out benchmarks/results/plan_cpu.md
+    python -m benchmarks.plan_memory --out benchmarks/results/plan_cpu.md
 
 Each run is a process of its own. Measured is the most memory that was resident (VmHWM, set back at the beginning of
 each phase), less what was resident before the first model was loaded; glibc is told to give freed memory back at once.
@@ -15,9 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.inputs import exact_rows
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _SMALL = {"max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02}
@@ -78,18 +79,7 @@ def build(directory: Path, name: str, tokens: tuple[int, int]) -> None:
     settings = MODELS[name] or published_architectures()["HuggingFaceTB/SmolLM2-135M"]
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(directory / "model")
     AutoTokenizer.from_pretrained(locate("dpr_lightning/demo/backbone")).save_pretrained(directory / "model")
-    # Read back: the class depends on the model's family, and with it how many tokens a text has.
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-
-    def text(count: int, seed: int) -> str:
-        words = f"{seed} "
-        while len(tokenizer(words, add_special_tokens=False)["input_ids"]) < count:
-            words += "7 "
-        return words.strip()
-
-    # BOS, the template's line end, and EOS are tokens too.
-    rows = [{"prompt": text(tokens[0] - 4, n), "response": text(tokens[1] + 8, n)} for n in range(8)]
-    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    exact_rows(directory / "model", directory / "rows.jsonl", 8, tokens)
 
 
 def arguments(directory: Path, stage: str, variant: str, tokens: tuple[int, int]) -> list[str]:
@@ -124,64 +114,18 @@ def arguments(directory: Path, stage: str, variant: str, tokens: tuple[int, int]
     ]
 
 
-class Meter:
-    """The most resident memory of each phase of this process, less what was resident before the first model."""
-
-    def __init__(self) -> None:
-        self.baseline = 0
-        self.peaks: dict[str, int] = {}
-
-    def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """Measure every call of a method."""
-        plain = getattr(owner, name)
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            self.begin()
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self.end(phase)
-
-        setattr(owner, name, measured)
-
-    def begin(self) -> None:
-        """Set the mark back to what is resident now."""
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def end(self, phase: str) -> None:
-        """Note the mark."""
-        self.peaks[phase] = max(self.peaks.get(phase, 0), status("VmHWM") - self.baseline)
-
-
-def status(key: str) -> int:
-    """Return bytes of this process by key of the kernel's status file."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(args: list[str], out: Path) -> None:
     """Run ``fit`` here and write the peak of each phase."""
     import torch
-    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+    from benchmarks.meter import HostMemory, PhaseMeter
     from dpr_lightning.main import main
-    from dpr_lightning.modules import base
-    from dpr_lightning.modules.dpr import DPRModule
 
     torch.set_num_threads(1)
     # What a first call of each kind of operation leaves behind is the program's, not the run's.
     torch.nn.Linear(8, 8)(torch.ones(2, 8)).sum().backward()
-    meter = Meter()
-    load: Callable[..., Any] = base.load_policies
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        meter.baseline = status("VmRSS")
-        return load(*args, **kwargs)
-
-    base.load_policies = noted
-    meter.wrap(base.CausalLMModule, "sample", "rollout")
-    meter.wrap(DPRModule, "score", "scoring")
-    meter.wrap(_TrainingEpochLoop, "advance", "training")
+    meter = PhaseMeter(HostMemory())
+    meter.watch_fit()
     main(["fit", *args])
     out.write_text(json.dumps(meter.peaks), encoding="utf-8")
 
@@ -194,7 +138,7 @@ def compare(name: str, stages: list[str], variant: str, tokens: tuple[int, int])
         build(directory, name, tokens)
         for stage in stages:
             args = arguments(directory, stage, variant, tokens)
-            program = [sys.executable, __file__, "--measure", str(directory / "peaks.json")]
+            program = [sys.executable, "-m", "benchmarks.plan_memory", "--measure", str(directory / "peaks.json")]
             subprocess.run([*program, *args], check=True, env={**os.environ, **MALLOC}, stdout=subprocess.DEVNULL)
             peaks = json.loads((directory / "peaks.json").read_text())
             report = directory / "plan.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import Gate
+from benchmarks.generation import generate_batch_responses, generate_responses
 
 
 def read_prompts(path: str, tokenizer: Any) -> list[list[int]]:
@@ -81,56 +82,26 @@ def generate(gate: Gate, settings: dict[str, Any]) -> None:
         some = _part(prompts, number, gate)
         for start in range(0, len(some), size):
             batch = some[start : start + size]
-            width = max(map(len, batch))
-            input_BT = torch.tensor([[eos] * (width - len(ids)) + ids for ids in batch])
-            mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
-            with torch.no_grad():
-                output_BT = model.generate(
-                    input_ids=input_BT,
-                    attention_mask=mask_BT,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=0,
-                    max_new_tokens=settings["max_new_tokens"],
-                    eos_token_id=eos,
-                    pad_token_id=eos,
-                )
-            _count(gate, [_until(row, eos) for row in output_BT[:, width:].tolist()])
+            _count(gate, generate_responses(model, batch, eos, settings["max_new_tokens"]))
 
     gate.serve(work)
 
 
 def generate_batch(gate: Gate, settings: dict[str, Any]) -> None:
     """Transformers' continuous batching."""
-    from transformers import GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
     model, tokenizer, prompts = load(settings)
-    eos = tokenizer.eos_token_id
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=settings["max_new_tokens"],
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
 
     def work(number: int) -> None:
-        some = _part(prompts, number, gate)
-        outputs = model.generate_batch(
-            some,
-            generation_config=generation,
-            continuous_batching_config=ContinuousBatchingConfig(
-                max_requests_per_batch=settings["batch_size"], seed=number, **settings["cache"]
-            ),
-            progress_bar=False,
+        responses = generate_batch_responses(
+            model,
+            _part(prompts, number, gate),
+            tokenizer.eos_token_id,
+            settings["max_new_tokens"],
+            num_rows=settings["batch_size"],
+            seed=number,
+            cache=settings["cache"],
         )
-        if len(outputs) != len(some):
-            raise RuntimeError(f"generate_batch answered {len(outputs)} of {len(some)} prompts")
-        _count(gate, [output.generated_tokens for output in outputs.values()])
+        _count(gate, responses)
 
     gate.serve(work)
 
@@ -171,10 +142,6 @@ def vllm(gate: Gate, settings: dict[str, Any]) -> None:
 def _part(prompts: list[list[int]], number: int, gate: Gate) -> list[list[int]]:
     """Return all prompts, or few of them to warm up on."""
     return prompts[:4] if number < gate.warm_up else prompts
-
-
-def _until(ids: list[int], eos: int) -> list[int]:
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def _count(gate: Gate, responses: list[list[int]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gate import Gate
-from benchmarks.inputs import read_shuffled
+from benchmarks.inputs import load_model, read_shuffled
 
 _MANY = 10_000
 
@@ -37,6 +37,7 @@ def ours(gate: Gate, settings: dict[str, Any]) -> None:
 def trl(gate: Gate, settings: dict[str, Any]) -> None:
     """TRL's SFTTrainer; ``settings["more"]`` are further arguments of its configuration."""
     from datasets import Dataset
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     from benchmarks.trl_gate import StepGate, common
@@ -60,12 +61,12 @@ def trl(gate: Gate, settings: dict[str, Any]) -> None:
         "gradient_accumulation_steps": settings["global_batch_size"] // settings["micro_batch_size"],
         "learning_rate": 5e-6,
         "max_length": settings["max_length"],
-        "model_init_kwargs": {"dtype": "float32"},
         "train_sampling_strategy": "sequential",
     } | settings.get("more", {})
     trainer = CountingTrainer(
-        model=settings["model"],
+        model=load_model(settings, settings["model"]),
         args=SFTConfig(**arguments),
+        processing_class=AutoTokenizer.from_pretrained(settings["model"]),
         train_dataset=Dataset.from_list(pairs),
         callbacks=[StepGate(gate)],
     )

@@ -22,6 +22,7 @@ class StepGate(TrainerCallback):
 
 def common(settings: dict[str, Any]) -> dict[str, Any]:
     """Return TrainingArguments that match our recipes and turn off what the others do not do either."""
+    is_cuda = settings.get("device") == "cuda"
     return {
         "output_dir": settings["folder"],
         "max_steps": 10_000,
@@ -35,8 +36,8 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",
         "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": settings.get("is_bf16", False),
+        "use_cpu": not is_cuda,
         "seed": settings["seed"],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

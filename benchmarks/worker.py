@@ -15,7 +15,11 @@ def main() -> None:
     """Run until the driver says stop."""
     workload, contender, path = sys.argv[1:4]
     settings = gate.settings_of(path)
-    gate.current = gate.Gate(rounds_of=settings.get("rounds_of", 1), warm_up=settings.get("warm_up", 1))
+    gate.current = gate.Gate(
+        rounds_of=settings.get("rounds_of", 1),
+        warm_up=settings.get("warm_up", 1),
+        is_cuda=settings.get("device") == "cuda",
+    )
     # A library may read the arguments.
     sys.argv[1:] = []
     importlib.import_module(f"benchmarks.{workload}").CONTENDERS[contender](gate.current, settings)

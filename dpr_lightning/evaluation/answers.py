@@ -72,6 +72,7 @@ def answer(
     num_samples: int,
     seed: int,
     on_progress: Callable[[int], object] | None = None,
+    device: str = "cpu",
 ) -> dict[float, Answers]:
     """Let the model in ``model_dir`` answer every prompt at every temperature; temperature 0 takes one sample.
 
@@ -85,9 +86,12 @@ def answer(
         num_samples: Responses of each prompt above temperature 0.
         seed: The same for every policy that is compared.
         on_progress: Called with the number of responses finished since the last call.
+        device: Where the model runs.
     """
     backbone = BackboneConfig(name_or_path=str(model_dir))
-    model, tokenizer = load_model(str(model_dir), backbone).eval(), load_tokenizer(str(model_dir), backbone)
+    model = load_model(str(model_dir), backbone).eval()
+    model.to(device)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(str(model_dir), backbone)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int)
     answers = {}

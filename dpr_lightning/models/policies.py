@@ -71,6 +71,10 @@ class CausalPolicy(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """Return [N, D]: the last hidden state before each response token, in row-major order of the response mask."""
+        return self._hidden_states(batch)
+
+    def _hidden_states(self, batch: TokenBatch) -> Tensor:
+        # Of a sharded policy ``forward`` and ``hidden_states`` gather weights: one inside the other would let them go.
         return states_before_tokens(self.model.get_decoder(), batch)
 
     def head(self, hidden_ND: Tensor) -> LMHead:
@@ -79,7 +83,7 @@ class CausalPolicy(nn.Module):
 
     def forward(self, batch: TokenBatch, *, with_entropy: bool = False) -> TokenLogprobs:
         """Return log-probability, logsumexp and (on request) entropy of the N response tokens of ``batch``."""
-        hidden_ND = self.hidden_states(batch)
+        hidden_ND = self._hidden_states(batch)
         target_N = batch.input_ids_BT[batch.response_mask_BT]
         with torch.autocast(hidden_ND.device.type, enabled=False):
             return token_logprobs(
@@ -125,7 +129,7 @@ class AdapterPolicy(CausalPolicy):
 
     @override
     @torch.no_grad()
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
+    def _hidden_states(self, batch: TokenBatch) -> Tensor:
         owner: CausalPolicy = self.__dict__["owner"]
         with using(self.model, self.adapter):
             return owner.hidden_states(batch)

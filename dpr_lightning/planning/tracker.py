@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -165,6 +165,8 @@ class Tracker(TorchDispatchMode):
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         packet = func._overloadpacket
         formula = flop_registry.get(_TWINS.get(packet, packet))
+        if "scaled_dot_product" in str(packet):
+            args = _with_equal_heads(args)
         flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
         is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         stage.num_kernels += 1
@@ -176,6 +178,20 @@ class Tracker(TorchDispatchMode):
 def _shapes(func: Any, inputs: list[Tensor]) -> list[torch.Size]:
     """Return shapes of which the output has the broadcast, for operations of elements; nothing for others."""
     return [tensor.shape for tensor in inputs] if torch.Tag.pointwise in func.tags else []
+
+
+def _with_equal_heads(args: Sequence[Any]) -> list[Any]:
+    """Return the arguments of attention with as many heads of keys and values as of queries, which cost the same.
+
+    The formulas of torch before 2.13 know no grouped queries.
+    """
+    heads = max(arg.shape[1] for arg in args if isinstance(arg, Tensor) and arg.dim() == 4)
+    return [
+        torch.empty((arg.shape[0], heads, *arg.shape[2:]), device="meta")
+        if isinstance(arg, Tensor) and arg.dim() == 4
+        else arg
+        for arg in args
+    ]
 
 
 def _real_nonzero(mask: Tensor) -> tuple[Tensor, ...]:
