@@ -29,7 +29,7 @@ test: $(SETUP)
 bench: $(SETUP) $(TRL)/.setup-done $(VLLM)/.setup-done
 	$(BIN)/python -m benchmarks --trl $(TRL) --vllm $(VLLM) $(BENCH_ARGS)
 
-# A GPU machine's own Python, if it has what cannot be brought there; elsewhere the environment of the other targets.
+# Uses the machine's own Python if it has torch, transformers, lightning and peft; otherwise .venv.
 gpu:
 	@if $(PYTHON) -c "import importlib.util as u, sys; \
 			sys.exit(None in [u.find_spec(n) for n in ('torch', 'transformers', 'lightning', 'peft')])"; then \

@@ -140,7 +140,7 @@ def play(
     settings: dict[str, Any],
     *,
     rounds: int | None = None,
-    starts_together: bool = False,
+    parallel_startup: bool = False,
 ) -> dict[str, Result]:
     """Return every contender's rounds; one that fails is left out of later rounds and says why.
 
@@ -150,13 +150,13 @@ def play(
         contenders: Ours first.
         settings: What all of them are told.
         rounds: In place of the bench's own number.
-        starts_together: Contenders load and warm up at the same time, where cores are many and minutes few.
+        parallel_startup: Contenders load and warm up at the same time.
     """
     results = {contender.name: Result() for contender in contenders}
     workers: dict[str, Worker] = {}
     try:
         # All are warm before the first is measured.
-        for batch in [contenders] if starts_together else [[contender] for contender in contenders]:
+        for batch in [contenders] if parallel_startup else [[contender] for contender in contenders]:
             for contender in batch:
                 try:
                     workers[contender.name] = Worker(bench, workload, contender, settings)

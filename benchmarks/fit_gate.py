@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -58,6 +59,8 @@ class FitGate(Callback):
         setattr(owner, name, watched)
 
     def _turn(self, begins: bool) -> None:
+        if running().is_cuda:
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self._entered is not None:
             running().add(frozen_seconds=now - self._entered)
@@ -72,6 +75,7 @@ class FitGate(Callback):
         gate.add(
             tokens=int(batch.attention_mask_BT.sum()),
             response_tokens=int(batch.response_mask_BT.sum()),
+            responses=len(batch.input_ids_BT),
         )
         if trainer.global_step == self._num_steps or (self.per_epoch and not trainer.is_last_batch):
             return

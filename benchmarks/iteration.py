@@ -74,7 +74,8 @@ class FrozenPair:
             for row, total in zip(rows, (teacher_BT - reference_BT).sum(dim=1).tolist(), strict=True):
                 rewards[row] = total
         num_tokens = sum(map(len, responses))
-        self.gate.add(tokens=num_tokens + sum(map(len, prompts)), response_tokens=num_tokens)
+        num_all = num_tokens + sum(map(len, prompts))
+        self.gate.add(tokens=num_all, response_tokens=num_tokens, responses=len(responses))
         return rewards
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.gate import resident
 
 
-class MemoryGauge(Protocol):
+class MemoryCounter(Protocol):
     """Bytes in use, and the most since the last reset."""
 
     def current(self) -> int:
@@ -63,11 +63,11 @@ class PhaseMeter:
     """The peak of each phase of this process, above what was in use before the first model was loaded.
 
     Args:
-        gauge: What is measured.
+        memory: What is measured.
     """
 
-    def __init__(self, gauge: MemoryGauge) -> None:
-        self.gauge = gauge
+    def __init__(self, memory: MemoryCounter) -> None:
+        self.memory = memory
         self.baseline = 0
         self.peaks: dict[str, int] = {}
         """Bytes by phase: ``rollout``, ``scoring``, ``training``."""
@@ -82,11 +82,11 @@ class PhaseMeter:
 
         load: Callable[..., Any] = base.load_policies
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self.baseline = self.gauge.current()
+        def load_with_baseline(*args: Any, **kwargs: Any) -> Any:
+            self.baseline = self.memory.current()
             return load(*args, **kwargs)
 
-        self._replace(base, "load_policies", noted)
+        self._replace(base, "load_policies", load_with_baseline)
         self.wrap(base.CausalLMModule, "sample", "rollout")
         self.wrap(DPRModule, "score", "scoring")
         self.wrap(_TrainingEpochLoop, "advance", "training")
@@ -96,11 +96,11 @@ class PhaseMeter:
         plain = getattr(owner, name)
 
         def measured(*args: Any, **kwargs: Any) -> Any:
-            self.gauge.reset_peak()
+            self.memory.reset_peak()
             try:
                 return plain(*args, **kwargs)
             finally:
-                self.peaks[phase] = max(self.peaks.get(phase, 0), self.gauge.peak() - self.baseline)
+                self.peaks[phase] = max(self.peaks.get(phase, 0), self.memory.peak() - self.baseline)
 
         self._replace(owner, name, measured)
 

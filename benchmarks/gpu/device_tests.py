@@ -20,7 +20,9 @@ def run(context: Context) -> None:
     """Run the tests and report counts and failures."""
     report = context.work_dir / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", f"--junitxml={report}"]
+    # One test that hangs leaves time for the others.
+    command += ["--timeout=60"]
     num_cores = os.cpu_count() or 1
     if importlib.util.find_spec("xdist") is not None and num_cores >= 8:
         # Most of a test's time is Python's, and the device has room for several.
@@ -42,8 +44,8 @@ def run(context: Context) -> None:
         if skipped is not None:
             context.note(f"Skipped: `{name}`: {skipped.get('message')}")
         for kind in ("failure", "error"):
-            found = case.find(kind)
-            if found is not None:
-                context.fail(name, re.sub(r"\x1b\[[0-9;]*m", "", found.text or "")[-_LARGEST_TRACEBACK:])
+            element = case.find(kind)
+            if element is not None:
+                context.fail(name, re.sub(r"\x1b\[[0-9;]*m", "", element.text or "")[-_LARGEST_TRACEBACK:])
     if num_passed == 0:
         context.fail("pytest", "no test passed")

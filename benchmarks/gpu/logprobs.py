@@ -32,8 +32,8 @@ def liger(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """Liger's fused linear cross-entropy; the sum alone."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    found: Any = liger_fused_linear_cross_entropy(hidden_ND, weight_VD, target_N, reduction="sum")
-    return -found
+    loss: Any = liger_fused_linear_cross_entropy(hidden_ND, weight_VD, target_N, reduction="sum")
+    return -loss
 
 
 def cut_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ def trl_chunked(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tenso
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-    found: Any = ChunkedLogProbFunction.apply(hidden_ND, weight_VD, None, target_N, *settings)
-    return found[0]
+    out: Any = ChunkedLogProbFunction.apply(hidden_ND, weight_VD, None, target_N, *settings)
+    return out[0]
 
 
 CONTENDERS: dict[str, LogProbs] = {
@@ -84,14 +84,14 @@ class Size:
 
     @property
     def name(self) -> str:
-        """As tables have it."""
+        """Name in result tables."""
         weight = "frozen" if self.is_frozen else "trained"
         kind = str(self.dtype).removeprefix("torch.")
         return f"V = {self.vocabulary:,}, N = {self.num_tokens:,}, D = {self.width:,}, {kind}, weight {weight}"
 
 
 def sizes(context: Context) -> list[Size]:
-    """Return the comparisons: as autocast has them (float32), and in bfloat16."""
+    """Return the comparisons, the most important first: in bfloat16, and as bf16-mixed has them (float32)."""
     if context.rehearse:
         small = {"num_tokens": 64, "width": 32}
         vocabularies = {1280: torch.float32, 2560: torch.bfloat16}
@@ -100,11 +100,11 @@ def sizes(context: Context) -> list[Size]:
             for vocabulary, dtype in vocabularies.items()
             for frozen in (False, True)
         ]
-    large = {"num_tokens": 4096, "width": 4096}
+    large: dict[str, Any] = {"num_tokens": 4096, "width": 4096}
+    wanted = [(262144, torch.bfloat16), (128256, torch.bfloat16), (128256, torch.float32)]
     return [
         Size(vocabulary=vocabulary, is_frozen=frozen, dtype=dtype, **large)
-        for vocabulary in (128256, 262144)
-        for dtype in (torch.bfloat16, torch.float32)
+        for vocabulary, dtype in wanted
         for frozen in (False, True)
     ]
 
@@ -122,7 +122,7 @@ def run(context: Context) -> None:
 
 
 def _compare(context: Context, size: Size) -> dict[str, float]:
-    gauge = CudaMemory() if context.is_cuda else HostMemory()
+    memory_counter = CudaMemory() if context.is_cuda else HostMemory()
     generator = torch.Generator(context.device).manual_seed(context.seed)
     normal = {"generator": generator, "device": context.device, "dtype": torch.float32}
     hidden_ND = torch.randn(size.num_tokens, size.width, **normal).to(size.dtype).requires_grad_()
@@ -130,11 +130,13 @@ def _compare(context: Context, size: Size) -> dict[str, float]:
     weight_VD.requires_grad_(not size.is_frozen)
     target_N = torch.randint(size.vocabulary, (size.num_tokens,), generator=generator, device=context.device)
     grad_N = torch.full((size.num_tokens,), 1 / size.num_tokens, device=context.device)
-    exact = exact_sample(hidden_ND.detach(), weight_VD.detach(), target_N, num_tokens=min(256, size.num_tokens))
+    reference = float64_reference(
+        hidden_ND.detach(), weight_VD.detach(), target_N, num_tokens=min(256, size.num_tokens)
+    )
     times: dict[str, float] = {}
     for name, logprobs in CONTENDERS.items():
         try:
-            row = _measure(context, gauge, logprobs, hidden_ND, weight_VD, target_N, grad_N, exact)
+            row = _measure(context, memory_counter, logprobs, hidden_ND, weight_VD, target_N, grad_N, reference)
         except Exception as error:
             if name == "ours":
                 raise
@@ -150,7 +152,7 @@ def _compare(context: Context, size: Size) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
+class Float64Reference:
     """Values of the first tokens in float64, from the given (rounded) inputs."""
 
     logp_M: Tensor
@@ -158,25 +160,25 @@ class Exact:
     """d logp / d hidden."""
 
 
-def exact_sample(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, num_tokens: int) -> Exact:
+def float64_reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, num_tokens: int) -> Float64Reference:
     """Return log-probabilities and their gradient of the first ``num_tokens`` tokens, in float64."""
     weight = weight_VD.double()
     logits_MV = hidden_ND[:num_tokens].double() @ weight.T
     logp_MV = logits_MV.log_softmax(dim=-1)
     target_M1 = target_N[:num_tokens, None]
     grad_MD = weight[target_M1.squeeze(1)] - logp_MV.exp() @ weight
-    return Exact(logp_MV.gather(1, target_M1).squeeze(1), grad_MD)
+    return Float64Reference(logp_MV.gather(1, target_M1).squeeze(1), grad_MD)
 
 
 def _measure(
     context: Context,
-    gauge: Any,
+    memory_counter: Any,
     logprobs: LogProbs,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
     grad_N: Tensor,
-    exact: Exact,
+    reference: Float64Reference,
 ) -> dict[str, Any]:
     def work() -> Tensor:
         hidden_ND.grad = weight_VD.grad = None
@@ -186,22 +188,22 @@ def _measure(
         return logp.detach()
 
     logp = work()
-    wanted = hidden_ND.nbytes + (weight_VD.nbytes if weight_VD.requires_grad else 0)
+    grad_bytes = hidden_ND.nbytes + (weight_VD.nbytes if weight_VD.requires_grad else 0)
     times = []
     memory = 0
     for _ in range(2 if context.rehearse else 3):
         hidden_ND.grad = weight_VD.grad = None
-        before = gauge.current()
-        gauge.reset_peak()
+        before = memory_counter.current()
+        memory_counter.reset_peak()
         times.append(_milliseconds(context, work))
-        memory = max(memory, gauge.peak() - before - wanted)
-    num_exact = len(exact.logp_M)
+        memory = max(memory, memory_counter.peak() - before - grad_bytes)
+    num_compared = len(reference.logp_M)
     row: dict[str, Any] = {"ms": statistics.median(times), "MiB": memory / 2**20}
     if logp.dim():
-        row["largest error, nats"] = float((logp[:num_exact].double() - exact.logp_M).abs().max())
+        row["largest error, nats"] = float((logp[:num_compared].double() - reference.logp_M).abs().max())
     assert hidden_ND.grad is not None
-    found_MD = hidden_ND.grad[:num_exact].double() * len(hidden_ND)
-    row["error of d/d hidden"] = float((found_MD - exact.grad_MD).norm() / exact.grad_MD.norm())
+    grad_MD = hidden_ND.grad[:num_compared].double() * len(hidden_ND)
+    row["error of d/d hidden"] = float((grad_MD - reference.grad_MD).norm() / reference.grad_MD.norm())
     return row
 
 

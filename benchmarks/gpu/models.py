@@ -1,7 +1,7 @@
 """Llamas of real shapes with random weights, drawn on the device when they are loaded: no hub, and no disk.
 
 Speed and memory do not depend on the values of weights. What depends on them is when responses end: by default never
-before the length limit; with ``mean_response`` in the configuration after so many tokens on average.
+before the length limit; with ``mean_response_tokens`` in the configuration after so many tokens on average.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ TOY_SHAPES: dict[str, dict[str, Any]] = {
     for name, shape in SHAPES.items()
 }
 """Those of a rehearsal."""
-_OFFSET_NORM = 16.0
+_OFFSET_NORM = 256.0
 """Length of the vector that all embeddings share where responses are to end: far above what the blocks add to it."""
 
 
 def load_device() -> torch.device:
-    """Return where weights are drawn."""
+    """Return the device that weights are initialised on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -87,32 +87,39 @@ class RandomLlama(LlamaForCausalLM):
         with load_device():
             settings = {"attn_implementation": attn_implementation or "sdpa"}
             model = cls._from_config(config, dtype=dtype or torch.float32, **settings)
-        if config.mean_response is not None:
-            _end_after(model, config.mean_response)
+        if config.mean_response_tokens is not None:
+            _set_eos_rate(model, config.mean_response_tokens)
         model.eval()
         return (model, {"missing_keys": set()}) if output_loading_info else model
 
 
 @torch.no_grad()
-def _end_after(model: LlamaForCausalLM, mean_response: int) -> None:
-    """Let every state end the response with a chance of about 1 / ``mean_response``.
+def _set_eos_rate(model: LlamaForCausalLM, mean_response_tokens: int) -> None:
+    """Let every state end the response with a probability of about 1 / ``mean_response_tokens``.
 
-    Embeddings get a vector in common, so long that last hidden states point along it whatever the tokens were; EOS's
-    row of the output layer is a multiple of it.
+    All embeddings get a vector in common, so long that last hidden states are the same whatever the tokens were; the
+    output layer's row of EOS is a multiple of that state.
     """
     embedding_VD, weight_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    size = embedding_VD.shape[1]
-    direction_D = torch.ones(size, device=embedding_VD.device, dtype=embedding_VD.dtype) / math.sqrt(size)
-    embedding_VD += _OFFSET_NORM * direction_D
-    spread = weight_VD[: min(len(weight_VD), 4096)].float().std(dim=0).mean() * math.sqrt(size)
-    # logsumexp of V normal logits of this spread, less log(mean - 1), over the length of a normalised state.
-    wanted = math.log(len(weight_VD)) + 0.5 * float(spread) ** 2 - math.log(mean_response - 1)
-    is_tied = weight_VD is embedding_VD or weight_VD.data_ptr() == embedding_VD.data_ptr()
-    weight_VD[model.config.eos_token_id] = direction_D * (wanted / math.sqrt(size) + _OFFSET_NORM * is_tied)
+    # Tied, every logit would hold the common vector, far beyond what 16 bits resolve.
+    assert weight_VD is not embedding_VD, "the output layer must not be tied to the embedding"
+    embedding_VD += _OFFSET_NORM / math.sqrt(embedding_VD.shape[1])
+    ids_BT = torch.arange(3, 19, device=embedding_VD.device)[None]
+    state_D = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float().mean(dim=0)
+    logits_V = weight_VD.float() @ state_D
+    logits_V[model.config.eos_token_id] = -torch.inf
+    eos_logit = logits_V.logsumexp(dim=0) - math.log(mean_response_tokens - 1)
+    weight_VD[model.config.eos_token_id] = (state_D * eos_logit / state_D.square().sum()).to(weight_VD.dtype)
 
 
 def write_model(
-    directory: Path, shape: str, *, is_toy: bool, seed: int, mean_response: int | None = None, max_length: int = 4096
+    directory: Path,
+    shape: str,
+    *,
+    is_toy: bool,
+    seed: int,
+    mean_response_tokens: int | None = None,
+    max_length: int = 4096,
 ) -> Path:
     """Write configuration and tokenizer of a :class:`RandomLlama`; the embedded tokenizer's ids are its first.
 
@@ -121,20 +128,23 @@ def write_model(
         shape: Key of :data:`SHAPES`.
         is_toy: Take the shape of the same name in :data:`TOY_SHAPES`.
         seed: Of its weights.
-        mean_response: Tokens after which a response ends on average; None is never.
+        mean_response_tokens: Tokens after which a response ends on average, with an untied output layer; None is never.
         max_length: Positions.
     """
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
+    settings = (TOY_SHAPES if is_toy else SHAPES)[shape]
+    if mean_response_tokens is not None:
+        settings = settings | {"tie_word_embeddings": False}
     config = LlamaConfig(
-        **(TOY_SHAPES if is_toy else SHAPES)[shape],
+        **settings,
         max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         architectures=["LlamaForCausalLM"],
         random_seed=seed,
-        mean_response=mean_response,
+        mean_response_tokens=mean_response_tokens,
     )
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -21,7 +21,7 @@ def prepare(context: Context) -> None:
     for case in wanted:
         write_inputs(context, case, folder)
     jobs = [(arguments(context, case, folder), case, _report_of(context, case)) for case in wanted]
-    # The device is looked at by children, which a parent that has looked at it could not fork.
+    # Children initialise CUDA, which they could not after a fork from a process that had.
     num_processes = max(1, min(len(jobs), (os.cpu_count() or 1) // 2))
     if num_processes == 1:
         for job in jobs:
@@ -59,9 +59,9 @@ def _plan(args: list[str], case: Case, out: Path) -> None:
 
 def run(context: Context) -> None:
     """Compare planned with measured peaks, phase by phase."""
-    peaks_file = context.work_dir / PEAKS
+    peaks_file = context.scratch_dir / PEAKS
     if not peaks_file.exists():
-        context.skip("no measured peaks: run the part 'training' first")
+        context.skip("no measured peaks: run the part 'training' in the same command")
         return
     peaks: dict[str, dict[str, int]] = json.loads(peaks_file.read_text(encoding="utf-8"))
     with context.step("plan"):

@@ -1,4 +1,4 @@
-"""The results of ``make gpu`` as Markdown, and the short table. Standard library only."""
+"""The results of ``make gpu`` as Markdown, and the summary table. Standard library only."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def section(outcome: Outcome) -> list[str]:
     return [*lines, ""]
 
 
-def short_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return a row for each part: what became of it, and its most important figures."""
+def summary_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return a row for each part: its status and its most important figures."""
     return [
         {"part": outcome.part.name, "status": outcome.status, "s": round(outcome.seconds), "result": outcome.headline}
         for outcome in outcomes
@@ -62,8 +62,8 @@ def short_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def page(heading: Sequence[str], outcomes: Sequence[Outcome]) -> str:
-    """Return the whole results file: heading, short table, sections of the parts that ran."""
-    lines = [*heading, "", *markdown_table(short_table(outcomes)), ""]
+    """Return the whole results file: heading, summary table, sections of the parts that ran."""
+    lines = [*heading, "", *markdown_table(summary_table(outcomes)), ""]
     for outcome in outcomes:
         if outcome.status != "not run":
             lines += section(outcome)

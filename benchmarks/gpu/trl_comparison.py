@@ -14,7 +14,7 @@ from benchmarks.inputs import demonstrations, prompts
 
 
 def run(context: Context) -> None:
-    """Play both workloads."""
+    """Run both workloads."""
     if importlib.util.find_spec("trl") is None:
         context.skip("trl is not installed")
         return
@@ -28,12 +28,13 @@ def run(context: Context) -> None:
     )
     mean = 6 if context.rehearse else 96
     for seed, name in ((1, "teacher"), (2, "reference")):
-        write_model(bench.work_dir / name, "1B", is_toy=context.rehearse, seed=seed, mean_response=mean)
+        write_model(bench.work_dir / name, "1B", is_toy=context.rehearse, seed=seed, mean_response_tokens=mean)
     context.note(
-        "Llama of 1B shape with random weights, all of them trained; float32 weights under bf16 autocast, AdamW, "
-        "gradients clipped, no activation checkpointing, rows in the same order. Lengths are mixed: tokens are those "
-        "that were there, without padding. Each contender is a process of its own; they load together, then one works "
-        "at a time, in rounds whose order alternates, and gives its cached memory back in between."
+        "Llama of 1B shape with random weights and an untied output layer, all of them trained; float32 weights under "
+        "bf16 autocast, AdamW, clipped gradients, no activation checkpointing, rows in the same order. Lengths are "
+        "mixed; token counts exclude padding. Each contender is a process of its own. They load together, then one "
+        "works at a time, in rounds whose order alternates; in between each empties its CUDA cache, so a round begins "
+        "by allocating its memory again."
     )
     _sft(context, bench)
     _iteration(context, bench)
@@ -67,7 +68,7 @@ def _sft(context: Context, bench: Bench) -> None:
     contenders = [Contender("ours", "ours"), Contender("TRL SFTTrainer", "trl", "trl")]
     if context.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         contenders.append(Contender("TRL SFTTrainer, Liger", "trl", "trl", {"more": {"use_liger_kernel": True}}))
-    _play(context, bench, "sft", "SFT", contenders, settings)
+    _run_contenders(context, bench, "sft", "SFT", contenders, settings)
 
 
 def _iteration(context: Context, bench: Bench) -> None:
@@ -84,7 +85,7 @@ def _iteration(context: Context, bench: Bench) -> None:
         "rounds_of": 1,
     }
     contenders = [Contender("ours", "ours"), Contender("TRL RLOOTrainer", "rloo", "trl")]
-    results = _play(context, bench, "iteration", "An iteration of Algorithm 1", contenders, settings)
+    results = _run_contenders(context, bench, "iteration", "An iteration of Algorithm 1", contenders, settings)
     for facts in results["ours"].rounds[-1:]:
         rollout, score = (facts[f"{name}_seconds"] / facts["wall"] for name in ("rollout", "score"))
         context.note(
@@ -93,10 +94,10 @@ def _iteration(context: Context, bench: Bench) -> None:
         )
 
 
-def _play(
+def _run_contenders(
     context: Context, bench: Bench, workload: str, title: str, contenders: list[Contender], settings: dict[str, Any]
 ) -> dict[str, Result]:
-    results = play(bench, workload, contenders, settings, starts_together=context.is_cuda)
+    results = play(bench, workload, contenders, settings, parallel_startup=context.is_cuda)
     ours = results["ours"]
     if ours.failure is not None:
         context.fail(f"{title}, ours", ours.failure)
@@ -106,7 +107,8 @@ def _play(
             row[f"tokens/s, round {number + 1}"] = facts["tokens"] / facts["wall"]
         if result.rounds:
             row["peak GiB"] = result.rounds[-1]["peak_gib"]
-            row["seconds to load"] = result.start["uptime"]
+            if "responses" in result.rounds[-1]:
+                row["tokens a response"] = result.rounds[-1]["response_tokens"] / result.rounds[-1]["responses"]
         if name != "ours" and result.rounds and ours.rounds:
             pairs = zip(ours.rounds, result.rounds, strict=False)
             ratios = [mine["tokens"] / mine["wall"] / (their["tokens"] / their["wall"]) for mine, their in pairs]

@@ -34,7 +34,7 @@ class Context:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.device: str = settings["device"]
         self.rehearse: bool = settings["rehearse"]
-        """Toy sizes: does everything run?"""
+        """Toy sizes on the CPU."""
         self.seed: int = settings["seed"]
         self.work_dir = Path(settings["work_dir"])
         self.scratch_dir = Path(settings["scratch_dir"])
@@ -45,7 +45,7 @@ class Context:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether this is the real thing."""
+        """Whether the device is CUDA."""
         return self.device == "cuda"
 
     @property
@@ -79,14 +79,16 @@ class Context:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Record a failure inside with its traceback and go on after it; free what it left on the device."""
+        """Record an exception inside with its traceback, and continue after it; free device memory before and after."""
+        # Of the step before: while its exception was handled, the frames that held tensors were alive.
+        free_memory()
         start = time.perf_counter()
         try:
             yield
         except Exception:
-            self.fail(name, "".join(traceback.format_exc()))
+            self.fail(name, traceback.format_exc())
         except SystemExit as error:
-            # Of a command that was called as Python; its message is in the log.
+            # Of a command that was called as a function; its message is in the log.
             self.fail(name, f"exit status {error.code}; the message is in the part's log")
         finally:
             free_memory()
@@ -107,7 +109,7 @@ def free_memory() -> None:
 
 def main() -> None:
     """Run one part, or its preparation."""
-    # Ends with the command, also where that is killed.
+    # Killed when the command dies, even by SIGKILL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     module, what, path = sys.argv[1:4]
     if what == "prepare":

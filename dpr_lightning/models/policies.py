@@ -74,7 +74,8 @@ class CausalPolicy(nn.Module):
         return self._hidden_states(batch)
 
     def _hidden_states(self, batch: TokenBatch) -> Tensor:
-        # Of a sharded policy ``forward`` and ``hidden_states`` gather weights: one inside the other would let them go.
+        # ``forward`` and ``hidden_states`` both gather a sharded policy's weights; nested, the inner one would reshard
+        # them before the backward.
         return states_before_tokens(self.model.get_decoder(), batch)
 
     def head(self, hidden_ND: Tensor) -> LMHead:

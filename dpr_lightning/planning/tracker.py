@@ -181,9 +181,9 @@ def _shapes(func: Any, inputs: list[Tensor]) -> list[torch.Size]:
 
 
 def _with_equal_heads(args: Sequence[Any]) -> list[Any]:
-    """Return the arguments of attention with as many heads of keys and values as of queries, which cost the same.
+    """Return the arguments of attention with as many key and value heads as query heads, which costs the same.
 
-    The formulas of torch before 2.13 know no grouped queries.
+    FLOP formulas of older torch (2.11) do not support grouped-query attention.
     """
     heads = max(arg.shape[1] for arg in args if isinstance(arg, Tensor) and arg.dim() == 4)
     return [

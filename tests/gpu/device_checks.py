@@ -22,7 +22,7 @@ ROLLOUTS = (
 """Two rollouts of two optimizer steps each; half of a rollout at a time."""
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
+def relative_error(found: Tensor, exact: Tensor) -> float:
     """Return the norm of the difference over the norm of the exact value."""
     exact = exact.double().cpu()
     return float((found.double().cpu() - exact).norm() / exact.norm())

@@ -80,7 +80,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory, fit: Any) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 0.01), ("mixed", 0.4)])
-def test_sft_and_its_snapshot_are_the_cpus(precision: str, limit: float, sft: dict[str, Path]) -> None:
+def test_sft_and_its_snapshot_match_cpu(precision: str, limit: float, sft: dict[str, Path]) -> None:
     loss, expected = (curve(sft[name], "train/loss") for name in (precision, "cpu"))
     assert loss == pytest.approx(expected, rel=1e-4 if precision == "float32" else 0.02)
     for directory in ("final", "reference/alpha_0.5"):
@@ -95,7 +95,7 @@ def test_sft_and_its_snapshot_are_the_cpus(precision: str, limit: float, sft: di
     assert_trained_alike(final, sft["cpu"] / "final", reference, limit)
 
 
-def test_the_export_is_what_was_trained(sft: dict[str, Path], device: torch.device) -> None:
+def test_export_matches_trained_weights(sft: dict[str, Path], device: torch.device) -> None:
     # In transformers on the CPU, and as a policy on the device.
     final = sft["mixed"] / "final"
     ids_BT = torch.arange(3, 19)[None]
@@ -108,17 +108,20 @@ def test_the_export_is_what_was_trained(sft: dict[str, Path], device: torch.devi
 
 @pytest.fixture(scope="module")
 def dpr(tmp_path_factory: pytest.TempPathFactory, fit: Any, sft: dict[str, Path]) -> dict[str, Path]:
-    """DPR from the CPU's teacher: on the CPU, and on the device in float32 and in mixed precision."""
+    """One rollout of DPR from the CPU's teacher: on the CPU, and on the device in float32 and in mixed precision.
+
+    One, because policies that differ by rounding may sample other tokens in the next.
+    """
     root = tmp_path_factory.mktemp("dpr")
-    teacher = f"--model.teacher={sft['cpu']}"
+    shared = (f"--model.teacher={sft['cpu']}", "--trainer.max_epochs=1")
     return {
-        "cpu": fit("dpr", root / "cpu", teacher, FP32, on="cpu"),
-        "float32": fit("dpr", root / "float32", teacher, FP32),
-        "mixed": fit("dpr", root / "mixed", teacher, "--trainer.precision=bf16-mixed"),
+        "cpu": fit("dpr", root / "cpu", *shared, FP32, on="cpu"),
+        "float32": fit("dpr", root / "float32", *shared, FP32),
+        "mixed": fit("dpr", root / "mixed", *shared, "--trainer.precision=bf16-mixed"),
     }
 
 
-def test_dpr_in_float32_is_the_cpus(sft: dict[str, Path], dpr: dict[str, Path]) -> None:
+def test_dpr_in_float32_matches_cpu(sft: dict[str, Path], dpr: dict[str, Path]) -> None:
     found, expected = (experience(dpr[name]) for name in ("float32", "cpu"))
     assert torch.equal(found.rollouts.input_ids_BT, expected.rollouts.input_ids_BT)
     mask_BT = expected.rollouts.response_mask_BT
@@ -133,7 +136,7 @@ def test_dpr_in_float32_is_the_cpus(sft: dict[str, Path], dpr: dict[str, Path]) 
 def test_dpr_in_mixed_precision(dpr: dict[str, Path]) -> None:
     # Sampler and trainer forward in shapes of their own, so bfloat16 rounds them otherwise.
     assert max(curve(dpr["mixed"], "rollout/sampler_gap")) < 0.05
-    assert read_json(dpr["mixed"] / "run.json")["optimizer_steps"] == 4
+    assert read_json(dpr["mixed"] / "run.json")["optimizer_steps"] == 2
     run = experience(dpr["mixed"])
     scores = run.scores
     for name in ("old_logp_BT", "teacher_logp_BT", "reference_logp_BT"):
@@ -230,7 +233,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("stage", ["sft", "dpr"])
-def test_a_resumed_run_ends_where_the_other_did(
+def test_resume_matches_uninterrupted_run(
     stage: str,
     tmp_path: Path,
     device: torch.device,
@@ -281,7 +284,7 @@ def test_sharding_over_one_device(
 ) -> None:
     sharded = ("--trainer.strategy=fsdp", FP32)
     fit("sft", tmp_path / "sft", *sharded)
-    fit("dpr", tmp_path / "dpr", f"--model.teacher={sft['cpu']}", *sharded)
+    fit("dpr", tmp_path / "dpr", f"--model.teacher={sft['cpu']}", "--trainer.max_epochs=1", *sharded)
     assert_trained_alike(tmp_path / "sft/final", sft["cpu"] / "final", sft["cpu"] / "reference/alpha_0.5", 0.01)
     assert_trained_alike(tmp_path / "dpr/final", dpr["cpu"] / "final", sft["cpu"] / "final", 0.05)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_checks import distance
+from device_checks import relative_error
 from torch import Tensor
 
 from dpr_lightning.functional import LMHead, state_expectations, token_logprobs
@@ -52,16 +52,16 @@ def test_values_and_gradients(
     logp_N = logp_NV.gather(1, target_N[:, None]).squeeze(1)
     assert out.logp_N.dtype == torch.float32
     assert out.entropy_N is not None
-    assert distance(out.logp_N.detach(), logp_N.detach()) < limit
-    assert distance(out.logsumexp_N, logits_NV.logsumexp(dim=1).detach()) < limit
-    assert distance(out.entropy_N, -(logp_NV.exp() * logp_NV).sum(dim=1).detach()) < limit
+    assert relative_error(out.logp_N.detach(), logp_N.detach()) < limit
+    assert relative_error(out.logsumexp_N, logits_NV.logsumexp(dim=1).detach()) < limit
+    assert relative_error(out.entropy_N, -(logp_NV.exp() * logp_NV).sum(dim=1).detach()) < limit
     (out.logp_N * upstream_N.to(device)).sum().backward()
     (logp_N * upstream_N).sum().backward()
     for name in names:
         gradient, exact_gradient = found[name].grad, exact[name].grad
         assert gradient is not None
         assert exact_gradient is not None
-        assert distance(gradient, exact_gradient) < limit, name
+        assert relative_error(gradient, exact_gradient) < limit, name
 
 
 def test_expectations(device: torch.device) -> None:
@@ -73,8 +73,8 @@ def test_expectations(device: torch.device) -> None:
     old_NV, teacher_NV, reference_NV = ((hidden_ND.double() @ w.double().T).log_softmax(dim=1) for w in heads)
     prob_NV = old_NV.exp()
     ratio_N = (prob_NV * (teacher_NV - reference_NV).clamp(-2.0, 1.0)).sum(dim=1)
-    assert distance(found.log_ratio_N, ratio_N) < 1e-4
-    assert distance(found.teacher_kl_N, (prob_NV * (old_NV - teacher_NV)).sum(dim=1)) < 1e-3
+    assert relative_error(found.log_ratio_N, ratio_N) < 1e-4
+    assert relative_error(found.teacher_kl_N, (prob_NV * (old_NV - teacher_NV)).sum(dim=1)) < 1e-3
 
 
 def test_memory_is_a_constant(device: torch.device) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device_checks import distance
+from device_checks import relative_error
 from torch import Tensor
 
 from dpr_lightning.functional.advantages import WhitenedAdvantage
@@ -112,4 +112,4 @@ def test_returns_and_advantages(device: torch.device) -> None:
 
 def check(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
     for ours, theirs in zip(found, exact, strict=True):
-        assert distance(ours, theirs) < 1e-5
+        assert relative_error(ours, theirs) < 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_checks import distance
+from device_checks import relative_error
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -33,15 +33,15 @@ PROMPTS.append(PROMPTS[0])
 BATCH = collate(PROMPTS, [ids(n) for n in (9, 3, 20, 1, 1, 14, 6)], pad_id=0)
 
 
-def run(model: PreTrainedModel, batch: TokenBatch, device: torch.device, how: str) -> tuple[Tensor, Tensor]:
+def run(model: PreTrainedModel, batch: TokenBatch, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
     """Return log-probabilities, and the gradient of a weighted sum of them by every weight, laid end to end."""
     model = copy.deepcopy(model).to(device)
-    if how == "bfloat16":
+    if precision == "bfloat16":
         model = model.to(torch.bfloat16)
     policy = CausalPolicy(model)
     assert ragged.is_enabled(model)
     assert ragged.verify(model)
-    autocast: Any = torch.autocast(device.type, torch.bfloat16) if how == "autocast" else nullcontext()
+    autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "autocast" else nullcontext()
     with autocast:
         logp_N = policy(batch.to(device)).logp_N
     assert logp_N.dtype == torch.float32
@@ -51,15 +51,15 @@ def run(model: PreTrainedModel, batch: TokenBatch, device: torch.device, how: st
     return logp_N.detach().cpu(), torch.cat(gradients).cpu()
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
-def test_log_probs_and_gradients_are_the_cpus(
-    how: str, family: str, device: torch.device, tiny_model: Callable[..., PreTrainedModel]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_log_probs_and_gradients_match_cpu(
+    precision: str, family: str, device: torch.device, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    check(tiny_model(family), BATCH, device, how)
+    check(tiny_model(family), BATCH, device, precision)
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
-def test_heads_and_lengths_that_fast_kernels_take(how: str, device: torch.device) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_heads_and_lengths_that_fast_kernels_take(precision: str, device: torch.device) -> None:
     # Heads of 64 in groups, lengths that no block size divides: where flash attention is chosen.
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -73,18 +73,18 @@ def test_heads_and_lengths_that_fast_kernels_take(how: str, device: torch.device
     )
     lengths = [(17, 203), (129, 1), (1, 310), (64, 64)]
     batch = collate([ids(p, 640) for p, _ in lengths], [ids(r, 640) for _, r in lengths], pad_id=0)
-    check(LlamaForCausalLM(config).eval(), batch, device, how)
+    check(LlamaForCausalLM(config).eval(), batch, device, precision)
 
 
-def check(model: PreTrainedModel, batch: TokenBatch, device: torch.device, how: str) -> None:
+def check(model: PreTrainedModel, batch: TokenBatch, device: torch.device, precision: str) -> None:
     exact_logp_N, exact_gradient = run(model, batch, torch.device("cpu"), "float32")
-    logp_N, gradient = run(model, batch, device, how)
-    if how == "float32":
+    logp_N, gradient = run(model, batch, device, precision)
+    if precision == "float32":
         torch.testing.assert_close(logp_N, exact_logp_N, rtol=0, atol=1e-4)
-        assert distance(gradient, exact_gradient) < 1e-4
+        assert relative_error(gradient, exact_gradient) < 1e-4
         return
     # As far off as the same arithmetic on the CPU, which rounds at the same places; kernels add in other orders.
-    cpu_logp_N, cpu_gradient = run(model, batch, torch.device("cpu"), how)
+    cpu_logp_N, cpu_gradient = run(model, batch, torch.device("cpu"), precision)
     error, expected = ((found - exact_logp_N).abs().mean() for found in (logp_N, cpu_logp_N))
     assert error < 2 * expected + 1e-3, f"{error} nats off on the device, {expected} on the CPU"
-    assert distance(gradient, exact_gradient) < 2 * distance(cpu_gradient, exact_gradient) + 1e-3
+    assert relative_error(gradient, exact_gradient) < 2 * relative_error(cpu_gradient, exact_gradient) + 1e-3

@@ -39,7 +39,7 @@ def gpt2() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
-def test_responses_are_the_cpus(
+def test_responses_match_cpu(
     temperature: float, family: str, device: torch.device, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = tiny_model(family)
@@ -51,12 +51,12 @@ def test_responses_are_the_cpus(
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_responses_of_padded_decoding_are_the_cpus(device: torch.device) -> None:
+def test_padded_decoding_matches_cpu(device: torch.device) -> None:
     assert sample(gpt2(), device).response_ids == sample(gpt2(), torch.device("cpu")).response_ids
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_log_probs_are_the_trainers(
+def test_log_probs_match_the_trainers(
     dtype: torch.dtype, limit: float, family: str, device: torch.device, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = tiny_model(family).to(device, dtype)
@@ -69,7 +69,7 @@ def test_log_probs_are_the_trainers(
 
 
 @pytest.mark.parametrize("vocabulary", [48, 50257, 128256])
-def test_draws_are_the_cpus_and_follow_the_distribution(vocabulary: int, device: torch.device) -> None:
+def test_draws_match_cpu_and_the_distribution(vocabulary: int, device: torch.device) -> None:
     logits_NV = torch.randn(64, vocabulary, generator=torch.Generator().manual_seed(1)) * 3
     uniform_N = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     token_N, logp_N = draw(logits_NV.clone().to(device), uniform_N, SamplingConfig())
@@ -85,9 +85,7 @@ def test_draws_are_the_cpus_and_follow_the_distribution(vocabulary: int, device:
     torch.testing.assert_close(share_V, logits_V.softmax(dim=0), rtol=0, atol=0.0125)
 
 
-def test_weights_that_are_not_finite_are_refused(
-    device: torch.device, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
+def test_non_finite_weights_are_refused(device: torch.device, tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(NonFiniteError, match="logits are not finite"):

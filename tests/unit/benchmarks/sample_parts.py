@@ -15,6 +15,8 @@ class Slow:
     @staticmethod
     def run(context: Any) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        sys.stderr.write("still at work\n")
+        sys.stderr.flush()
         context.row("Pids", part=os.getpid(), child=child.pid)
         time.sleep(600)
 
@@ -47,4 +49,4 @@ def _fails_in_a_step(context: Any) -> None:
 
 
 def _skips(context: Any) -> None:
-    context.skip("nothing was brought")
+    context.skip("nothing to do")

