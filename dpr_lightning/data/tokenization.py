@@ -31,7 +31,10 @@ _PROBES = ("a", "0", "A")
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, conversations: Sequence[Sequence[Message]]
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools] | None = None,
 ) -> list[list[int]]:
     """Return the ids of each prompt, from BOS (where the tokenizer uses one) to where the response begins.
 
@@ -39,11 +42,12 @@ def encode_prompts(
         tokenizer: Any tokenizer of transformers.
         template: Renders messages as text; :meth:`PromptTemplate.check` has passed.
         conversations: Messages of each prompt, none empty.
+        tools: Functions of each, for the template.
 
     Raises:
         TemplateRefusalError: The template does not render one of them.
     """
-    found = try_encode_prompts(tokenizer, template, conversations)
+    found = try_encode_prompts(tokenizer, template, conversations, tools)
     for ids in found:
         if isinstance(ids, TemplateRefusalError):
             raise ids
