@@ -101,6 +101,8 @@ def build_demonstration(record: Mapping[str, Any], columns: Mapping[str, str], *
     Raises:
         UserError: A cell is not text, or a chat is not a list of messages.
     """
+    if (found := _plain(record, columns)) is not None:
+        return found
 
     def text(part: str) -> str:
         column = columns.get(part)
@@ -129,6 +131,18 @@ def build_demonstration(record: Mapping[str, Any], columns: Mapping[str, str], *
         prompt_problem=found.prompt_problem or missing("prompt"),
         response_problem=found.response_problem or missing("response"),
     )
+
+
+def _plain(record: Mapping[str, Any], columns: Mapping[str, str]) -> Demonstration | None:
+    """Return a row of text cells alone, the common case, without the checks that others need; None for others."""
+    cells = {part: record.get(column) for part, column in columns.items()}
+    prompt, response, more = cells.get("prompt"), cells.get("response"), cells.get("input")
+    system = cells.get("system") or ""
+    if more or cells.get("tools") or not (type(prompt) is type(response) is type(system) is str and prompt.strip()):
+        return None
+    message = {"role": "user", "content": prompt}
+    messages = ({"role": "system", "content": system}, message) if system.strip() else (message,)
+    return Demonstration(messages=messages, response=response)
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -45,10 +45,11 @@ def text_rows(files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], key: 
         try:
             rows = _csv_rows(file, key) if suffix == ".csv" else _json_rows(file, key)
             for line, record, names in rows:
-                added = [name for name in names if name not in columns] if not columns.issuperset(names) else []
-                columns.update(added)
-                # A JSON list of the keys that no row before has: the reader finds the union without another pass.
-                new_columns = json.dumps(added) if added else None
+                new_columns = None
+                if not columns.issuperset(names):
+                    # The keys that no row before has: the reader finds the union without another pass.
+                    new_columns = json.dumps([name for name in names if name not in columns])
+                    columns.update(names)
                 yield {"record": record, "file": file_index, "line": line, "new_columns": new_columns}
                 num_rows += 1
         except UnicodeDecodeError as error:
