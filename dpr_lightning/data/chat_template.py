@@ -58,9 +58,14 @@ class ChatTemplate(PromptTemplate):
                 "set variables.date_string"
             )
         try:
-            self._apply(tokenizer, [{"role": "user", "content": "probe"}])
+            text = self._apply(tokenizer, [_USER])
         except _ERRORS as error:
             raise UserError(f"{TEMPLATE_KEY}: the chat template fails on one user message ({error})") from error
+        if _MARK not in text:
+            raise UserError(
+                f"{TEMPLATE_KEY}: the chat template leaves out the text of a user message (a vision model's template "
+                "may expect a list of parts); give chat_template"
+            )
 
     @override
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = None) -> str:
@@ -170,18 +175,19 @@ class ChatTemplate(PromptTemplate):
         conversation = [{"role": role, "content": f"{_MARK}{number}end"} for number, role in enumerate(roles)]
         systems = frozenset(number for number, role in enumerate(roles) if role == "system")
         marks = [conversation[number]["content"] for number in systems]
-        error = None
+        refused = False
         for folded in dict.fromkeys((frozenset(), systems - {0}, systems)):
             arranged = _fold(conversation, folded)
             try:
                 text = self._apply(tokenizer, arranged)
-            except _ERRORS as found:
-                error = found
+            except _ERRORS:
+                refused = True
                 continue
+            refused = False
             if all(mark in text for mark in marks) and not self._takes_for_assistant(tokenizer, arranged, text):
                 return folded
         # Rendering tells the template's own error; text that is left out without one has none to tell.
-        return systems if error is not None else None
+        return systems if refused else None
 
     def _takes_for_assistant(
         self, tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message], text: str

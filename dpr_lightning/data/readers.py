@@ -147,7 +147,7 @@ def _union_of_columns(files: Sequence[str]) -> datasets.Features | None:
     schemas = [datasets.Features.from_arrow_schema(pq.read_schema(file)).arrow_schema for file in files]
     if all(schema.equals(schemas[0]) for schema in schemas):
         return None
-    return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas))
+    return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
 
 
 def _open_text(files: tuple[str, ...], key: str) -> Records:

@@ -148,6 +148,9 @@ def test_control_tokens_in_system_text_that_moves_stay_text(byte_bpe: PreTrained
 def test_chat_template_that_fails_is_refused(words: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="fails on one user message"):
         ChatTemplate(chat_template="{{ raise_exception('never') }}").check(words)
+    in_parts = "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="leaves out the text of a user message"):
+        ChatTemplate(chat_template=in_parts).check(words)
     no_answers = "{% for m in messages if m['role'] == 'assistant' %}{{ raise_exception('answers') }}{% endfor %}x"
     with pytest.raises(UserError, match="refuses the roles user, assistant, user"):
         ChatTemplate(chat_template=no_answers).render(words, [FIRST, ANSWER, SECOND])

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from dpr_lightning.data import text_rows
@@ -54,6 +56,14 @@ def test_files_of_a_glob_may_have_columns_of_their_own(tmp_path: Path, suffix: s
     assert found == list(parts)
     if suffix == ".parquet":
         assert records.locate(2) == f"{tmp_path}/part_2.parquet row 1"
+
+
+def test_parquet_files_may_differ_in_the_width_of_a_type(tmp_path: Path) -> None:
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.null())):
+        cells = pa.array([None if kind == pa.null() else "a"], type=kind)
+        pq.write_table(pa.table({"prompt": ["p"], "system": cells}), tmp_path / f"{number}.parquet")
+    rows = read(tmp_path / "*.parquet").read(range(3))
+    assert [row["system"] for row in rows] == ["a", "a", None]
 
 
 def test_each_row_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
