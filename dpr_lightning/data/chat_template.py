@@ -18,6 +18,22 @@ _MARK = "textprobe"
 _USER: Message = {"role": "user", "content": _MARK}
 _TOOL = {"type": "function", "function": {"name": "toolprobe", "description": "d", "parameters": {"type": "object"}}}
 _CALL = {"type": "function", "id": "callprobe", "function": {"name": "toolprobe", "arguments": {"a": "argprobe"}}}
+_FOLD_IN_JINJA = (
+    "{%- set arranged = namespace(out=[], text='') -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' and not KEPT -%}"
+    "{%- set arranged.text = arranged.text ~ message['content'] ~ '\\n\\n' -%}"
+    "{%- elif message['role'] == 'user' and arranged.text -%}"
+    "{%- set arranged.out = arranged.out + [dict(message, content=arranged.text ~ message['content'])] -%}"
+    "{%- set arranged.text = '' -%}"
+    "{%- else -%}{%- set arranged.out = arranged.out + [message] -%}{%- endif -%}{%- endfor -%}"
+    "{%- if arranged.text and arranged.out and arranged.out[-1]['role'] == 'user' -%}"
+    "{%- set last = arranged.out[-1] -%}{%- set arranged.out = arranged.out[:-1] + "
+    "[dict(last, content=last['content'] ~ '\\n\\n' ~ arranged.text[:-2])] -%}"
+    "{%- elif arranged.text -%}"
+    "{%- set arranged.out = arranged.out + [{'role': 'user', 'content': arranged.text[:-2]}] -%}"
+    "{%- endif -%}{%- set messages = arranged.out -%}"
+)
+"""``_fold`` for an exported template, which others render without us."""
 # Jinja's own, and what a template's expressions raise on values that they do not expect.
 _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -114,11 +130,12 @@ class ChatTemplate(PromptTemplate):
 
     @override
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | dict[str, str] | None:
-        if self.chat_template is None and not self.variables:
+        fold = self._fold_in_jinja(tokenizer)
+        if self.chat_template is None and not self.variables and not fold:
             return None
         own = tokenizer.chat_template
         values = {name: "none" if value is None else json.dumps(value) for name, value in self.variables.items()}
-        head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items())
+        head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items()) + fold
         if self.chat_template is None and isinstance(own, dict):
             return {name: head + source for name, source in own.items()}
         return head + str(tokenizer.get_chat_template(self.chat_template))
@@ -188,6 +205,16 @@ class ChatTemplate(PromptTemplate):
                 return folded
         # Rendering tells the template's own error; text that is left out without one has none to tell.
         return systems if refused else None
+
+    def _fold_in_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return statements that do to ``messages`` what :func:`_fold` does; none where the template has the role."""
+        first, later = (
+            self._probe(tokenizer, ("fold", roles), lambda roles=roles: self._to_fold(tokenizer, roles))
+            for roles in (("system", "user"), ("system", "user", "assistant", "system", "user"))
+        )
+        if not later:
+            return ""
+        return _FOLD_IN_JINJA.replace("KEPT", "false" if first else "loop.first")
 
     def _takes_for_assistant(
         self, tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message], text: str

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -97,7 +98,17 @@ def chat_of(letters: str) -> list[dict[str, str]]:
 def test_system_text_is_never_lost_and_never_the_assistants(
     words: PreTrainedTokenizerFast, source: str, letters: str, expected: str
 ) -> None:
-    assert ChatTemplate(chat_template=source).render(words, chat_of(letters)) == expected + "<assistant>"
+    template = ChatTemplate(chat_template=source)
+    assert template.render(words, chat_of(letters)) == expected + "<assistant>"
+    # Others render what was trained with the exported template, also where it is the tokenizer's own.
+    exported = with_template(words, template)
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    assert exported.apply_chat_template(chat_of(letters), **settings) == expected + "<assistant>"
+    words.chat_template = source
+    assert with_template(words, ChatTemplate()).chat_template == exported.chat_template
+    again = with_template(exported, ChatTemplate())
+    assert again.chat_template == exported.chat_template
+    assert ChatTemplate().render(exported, chat_of(letters)) == expected + "<assistant>"
 
 
 def test_only_system_messages_that_the_template_has_no_place_for_move(words: PreTrainedTokenizerFast) -> None:
@@ -105,6 +116,10 @@ def test_only_system_messages_that_the_template_has_no_place_for_move(words: Pre
     assert template.render(words, chat_of("S u")) == "<sys>S<user>u<assistant>"
     assert template.render(words, chat_of("S u a T u")) == "<sys>S<user>u<assistant>a<user>T\n\nu<assistant>"
     assert template.render(words, chat_of("u a T u")) == "<user>u<assistant>a<user>T\n\nu<assistant>"
+    exported = with_template(words, template)
+    for letters in ("u", "S u", "S u a T u", "u a T u", "S T u"):
+        text = exported.apply_chat_template(chat_of(letters), tokenize=False, add_generation_prompt=True)
+        assert text == template.render(words, chat_of(letters))
 
 
 def test_a_template_that_loses_system_text_wherever_it_stands_is_refused(words: PreTrainedTokenizerFast) -> None:
