@@ -34,6 +34,7 @@ _FOLD_IN_JINJA = (
     "{%- endif -%}{%- set messages = arranged.out -%}"
 )
 """``_fold`` for an exported template, which others render without us."""
+_SEVERAL = ("system", "user", "assistant", "system", "user")
 # Jinja's own, and what a template's expressions raise on values that they do not expect.
 _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -192,8 +193,12 @@ class ChatTemplate(PromptTemplate):
         conversation = [{"role": role, "content": f"{_MARK}{number}end"} for number, role in enumerate(roles)]
         systems = frozenset(number for number, role in enumerate(roles) if role == "system")
         marks = [conversation[number]["content"] for number in systems]
+        candidates = [frozenset(), systems - {0}, systems]
+        # One rule for all chats, which an exported template can follow too.
+        if roles != _SEVERAL and self._probe(tokenizer, ("fold", _SEVERAL), lambda: self._to_fold(tokenizer, _SEVERAL)):
+            candidates = candidates[1:]
         refused = False
-        for folded in dict.fromkeys((frozenset(), systems - {0}, systems)):
+        for folded in dict.fromkeys(candidates):
             arranged = _fold(conversation, folded)
             try:
                 text = self._apply(tokenizer, arranged)
@@ -210,7 +215,7 @@ class ChatTemplate(PromptTemplate):
         """Return statements that do to ``messages`` what :func:`_fold` does; none where the template has the role."""
         first, later = (
             self._probe(tokenizer, ("fold", roles), lambda roles=roles: self._to_fold(tokenizer, roles))
-            for roles in (("system", "user"), ("system", "user", "assistant", "system", "user"))
+            for roles in (("system", "user"), _SEVERAL)
         )
         if not later:
             return ""
