@@ -112,7 +112,7 @@ class DemonstrationTable:
 
     def locate(self, row: int) -> str:
         """Say where source row ``row`` lies, for messages."""
-        return self.records.locate(row)
+        return self.records.place(row)
 
     def _read(self, rows: IndexArray) -> list[dict[str, Any]]:
         return self.records.read([int(row) for row in rows])

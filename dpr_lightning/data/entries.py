@@ -66,7 +66,7 @@ def read_entries(source: str, *, key: str, with_answers: bool, columns: Mapping[
     rows = records.read(range(len(records)))
     entries = []
     for number, row in enumerate(rows):
-        where = f"{key}: {records.locate(number)}"
+        where = f"{key}: {records.place(number)}"
         if not records.is_text:
             row = {name: _plain(cell, where, name) for name, cell in row.items()}
         elif not with_answers:

@@ -59,7 +59,14 @@ class Records:
         return [{name: chunk[name][i] for name in self.columns} for i in range(len(indices))]
 
     def locate(self, index: int) -> str:
-        """Say where record ``index`` lies, in words fit for an error message."""
+        """Say where record ``index`` lies, as :meth:`place` does, but count the items of a JSON array as lines."""
+        if not self.is_text:
+            return self.place(index)
+        row = self.dataset[int(index)]
+        return f"{self.files[row['file']]} line {row['line']}"
+
+    def place(self, index: int) -> str:
+        """Say where record ``index`` lies, in words fit for an error message: file, and line or row."""
         if self.is_text:
             row = self.dataset[int(index)]
             file = self.files[row["file"]]

@@ -55,7 +55,7 @@ def test_files_of_a_glob_may_have_columns_of_their_own(tmp_path: Path, suffix: s
     found = [{name: cell for name, cell in row.items() if cell is not None} for row in records.read(range(3))]
     assert found == list(parts)
     if suffix == ".parquet":
-        assert records.locate(2) == f"{tmp_path}/part_2.parquet row 1"
+        assert records.place(2) == f"{tmp_path}/part_2.parquet row 1"
 
 
 def test_parquet_files_may_differ_in_the_width_of_a_type(tmp_path: Path) -> None:
