@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+import itertools
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dpr_lightning.data.chats import TRAILING_TURN, WEIGHT_ZERO
 from dpr_lightning.data.demonstrations import CONFIG_KEY, DemonstrationTable
@@ -54,8 +54,6 @@ class DropReport:
     """Kept rows whose prompt is that of an earlier row."""
     longest_prompt: int = 0
     """Tokens of the longest prompt that was dropped for its length."""
-    _digests: array[int] = field(default_factory=lambda: array("Q"))
-    _rows: array[int] = field(default_factory=lambda: array("q"))
 
     @property
     def num_dropped(self) -> int:
@@ -77,23 +75,25 @@ class DropReport:
         if len(examples) < _NUM_EXAMPLES:
             examples.append(table.locate(row))
 
-    def note_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Remember the prompts of kept rows, 16 bytes each, for :meth:`count_repeats`."""
-        self._rows.extend(rows)
-        for prompt in prompts:
-            digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=8).digest()
-            self._digests.append(int.from_bytes(digest, "little"))
-
-    def count_repeats(self, table: DemonstrationTable) -> None:
-        """Count the noted rows whose prompt has occurred before."""
-        _, first = np.unique(np.asarray(self._digests, dtype=np.uint64), return_index=True)
-        is_repeated = np.ones(len(self._rows), dtype=bool)
+    def count_repeats(
+        self,
+        table: DemonstrationTable,
+        rows: npt.NDArray[np.int64],
+        prompt_flat: npt.NDArray[np.int32],
+        prompt_offsets: npt.NDArray[np.int64],
+    ) -> None:
+        """Count the kept ``rows`` whose prompt has occurred before; the arrays are those of the encoded rows."""
+        data, ends = memoryview(prompt_flat.tobytes()), (prompt_offsets * prompt_flat.itemsize).tolist()
+        digests = b"".join(
+            hashlib.blake2b(data[start:stop], digest_size=8).digest() for start, stop in itertools.pairwise(ends)
+        )
+        _, first = np.unique(np.frombuffer(digests, dtype=np.uint64), return_index=True)
+        is_repeated = np.ones(len(rows), dtype=bool)
         is_repeated[first] = False
-        repeated = np.asarray(self._rows, dtype=np.int64)[is_repeated]
+        repeated = rows[is_repeated]
         self.num_repeated = len(repeated)
         if len(repeated):
             self.examples["repeated"] = [table.locate(int(row)) for row in repeated[:_NUM_EXAMPLES]]
-        self._digests, self._rows = array("Q"), array("q")
 
     def table(self) -> str:
         """Return a few lines of text: rows, share and first places of each reason."""

@@ -146,12 +146,10 @@ def encode_table(
     for chunk_rows, chunk in table.chunks():
         kept = encoder.encode(chunk_rows, chunk)
         progress.update(len(chunk))
-        report.note_prompts([row for row, _, _ in kept], [prompt for _, prompt, _ in kept])
         rows.extend(row for row, _, _ in kept)
         prompts_flat.add([prompt for _, prompt, _ in kept])
         responses_flat.add([response for _, _, response in kept])
     progress.close()
-    report.count_repeats(table)
     if refuse_rejected:
         report.refuse_above(config.max_rejected_share, max_prompt_tokens=config.max_prompt_tokens)
     encoded = EncodedDemonstrations(
@@ -162,6 +160,7 @@ def encode_table(
         response_flat=responses_flat.flat(),
         response_offsets=responses_flat.offsets(),
     )
+    report.count_repeats(table, encoded.rows, encoded.prompt_flat, encoded.prompt_offsets)
     return encoded, report
 
 

@@ -244,3 +244,16 @@ def test_tags_that_the_prompt_ends_with_are_taught_once(encode: Any, byte_bpe: P
     # The user's own last words are no opening.
     encoded, _ = encode([{"messages": [user("write <p>"), assistant("<p>x")]}], TextTemplate("{prompt}"))
     assert texts(encoded, byte_bpe) == [("write <p>", "<p>x")]
+
+
+def test_a_table_of_which_nothing_is_kept_has_no_repeats(write_jsonl: Write, byte_bpe: PreTrainedTokenizerFast) -> None:
+    config = DemonstrationConfig(source=write_jsonl([{"prompt": "", "response": "b"}] * 2))
+    encoded, report = encode_table(
+        load_demonstrations(config)["train"],
+        tokenizer=byte_bpe,
+        template=TextTemplate(),
+        config=config,
+        split="train",
+        refuse_rejected=False,
+    )
+    assert (len(encoded), report.num_repeated, report.num_dropped) == (0, 0, 2)
