@@ -90,7 +90,7 @@ def answer(
     """
     backbone = BackboneConfig(name_or_path=str(model_dir))
     model = load_model(str(model_dir), backbone).eval()
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     tokenizer = load_tokenizer(str(model_dir), backbone)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int)
