@@ -358,7 +358,7 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _check_lengths(self, stage: str) -> None:
-        """Warn of rollouts beyond the model's positions; before weights load, let a sampler refuse what it cannot hold."""
+        """Before weights load, warn of rollouts beyond the model's positions; let a sampler refuse what is too long."""
         if stage == "fit":
             warn_beyond_positions(
                 self.prompts["train"].encoded.prompt_lengths + self.sampling.max_new_tokens,

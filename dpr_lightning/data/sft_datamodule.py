@@ -91,7 +91,7 @@ class SFTDataModule(LightningDataModule):
         self.prompts: dict[SplitName, Prompts] = {}
         self.metric_prompts: Prompts | None = None
         self.num_leaked_prompts = 0
-        self._resumed = (-1, 0)
+        self.resumed = (-1, 0)
         """Epoch that was resumed with other sizes of steps, and its first row."""
 
     @property
@@ -180,7 +180,8 @@ class SFTDataModule(LightningDataModule):
 
         Of an epoch that was resumed with other sizes they are those of the rows that are left.
         """
-        return self._plan_rows(epoch, self.first_row(epoch))
+        resumed_epoch, first_row = self.resumed
+        return self._plan_rows(epoch, first_row if epoch == resumed_epoch else 0)
 
     def _plan_rows(self, epoch: int, first_row: int) -> list[MicroBatchPlan]:
         assert self.trainer is not None
@@ -201,13 +202,9 @@ class SFTDataModule(LightningDataModule):
     def resume_at(self, epoch: int, first_row: int) -> None:
         """Let ``epoch`` hold the rows of its order from ``first_row`` on, and later epochs all of them."""
         assert self.trainer is not None
-        self._resumed = (epoch, first_row)
+        self.resumed = (epoch, first_row)
         # Epochs are of unequal length now, and Lightning counts batches.
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-
-    def first_row(self, epoch: int) -> int:
-        """Return the row of its order at which the plan of ``epoch`` begins."""
-        return self._resumed[1] if self._resumed[0] == epoch else 0
 
     def data_manifest(self) -> dict[str, Any]:
         """Return, as plain JSON values, what a later stage or reader needs to know of the data of this run."""

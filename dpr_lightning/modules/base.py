@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
 
-from dpr_lightning.data.loader import data_parallel_rank, running_epoch
+from dpr_lightning.data.loader import data_parallel_rank
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.errors import NonFiniteError, UserError
 from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
@@ -33,7 +33,7 @@ from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
 from dpr_lightning.modules.export import Export
 from dpr_lightning.modules.optimization import Settings, apply_settings, few_steps_warning, group_settings
-from dpr_lightning.modules.resume import carry_rows, random_states, rescale_progress, restore_random_state
+from dpr_lightning.modules.resume import random_states, restore_place, restore_random_state
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.run_directory import RunLogger
@@ -296,25 +296,21 @@ class CausalLMModule(LightningModule):
             checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trained}
 
     def _step_sizes(self) -> dict[str, int]:
-        """Return what a resumed run must know of this one's optimizer steps to find its place in the epoch."""
+        """Return what a run that resumes must know of this one's optimizer steps to find its place in the epoch."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        resumed_epoch, first_row = getattr(data, "resumed", (-1, 0))
         return {
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "global_batch_size": getattr(data, "global_batch_size", 0),
-            "first_row": getattr(data, "first_row", lambda epoch: 0)(running_epoch(self.trainer)),
+            "resumed_epoch": resumed_epoch,
+            "first_row": first_row,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
-            before, now = checkpoint["steps"], self._step_sizes()
-            if before["global_batch_size"] == now["global_batch_size"] and not before["first_row"]:
-                rescale_progress(
-                    checkpoint, before=before["accumulate_grad_batches"], now=now["accumulate_grad_batches"]
-                )
-            else:
-                data = self.trainer.datamodule  # type: ignore[attr-defined]
-                carry_rows(checkpoint, data, before=before, now=now["accumulate_grad_batches"])
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            restore_place(checkpoint, data, before=checkpoint["steps"], now=self._step_sizes())
             self._random_states = checkpoint.get("random_states", [])
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:

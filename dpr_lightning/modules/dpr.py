@@ -146,9 +146,9 @@ class DPRModule(OnPolicyModule):
         if not _is_untempered(sampling) and self.importance_cap is None:
             rank_zero_warn(
                 f"data.sampling: temperature {sampling.temperature:g}, top_p {sampling.top_p:g} and top_k "
-                f"{sampling.top_k} do not sample from the policy whose gradient is estimated, so the estimate is biased "
-                "(at temperature 0.7 by 0.1 to 0.9 of the gradient's norm on small token MDPs); use temperature 1, "
-                "top_p 1 and top_k 0, or set model.importance_cap, which takes back part of the bias"
+                f"{sampling.top_k} do not sample from the policy whose gradient is estimated, so the estimate is "
+                "biased (at temperature 0.7 by 0.1 to 1.4 of the gradient's norm on small token MDPs); use temperature "
+                "1, top_p 1 and top_k 0, or set model.importance_cap, which takes back part of the bias"
             )
 
     def _sampling(self) -> SamplingConfig:

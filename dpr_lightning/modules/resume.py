@@ -61,40 +61,43 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
             state["position"] = state["position"] * now // before
 
 
-def carry_rows(checkpoint: dict[str, Any], data: Any, *, before: dict[str, int], now: int) -> None:
-    """Translate a place inside an epoch into one that counts rows, for a run that resumes with other optimizer steps.
+def restore_place(checkpoint: dict[str, Any], data: Any, *, before: dict[str, int], now: dict[str, int]) -> None:
+    """Translate a checkpoint's place in the epoch for the sizes of the run that resumes.
 
-    The rest of the epoch becomes an epoch that has not begun, of the rows that were not trained on. Where a checkpoint
-    lies between two epochs there is nothing to carry.
+    With steps of as many rows as before, a place counts optimizer steps: see :func:`rescale_progress`. With others it
+    counts rows, and what is left of the epoch becomes an epoch that has not begun, so that every row is trained on
+    once. A checkpoint between two epochs has no place to translate.
 
     Args:
         checkpoint: Lightning's, changed in place.
         data: The DataModule, set up.
-        before: When the checkpoint was written: ``global_batch_size``, ``accumulate_grad_batches``, and ``first_row``,
-            the row at which the epoch's plan began if it was carried over before.
-        now: Micro-batches of one rank in an optimizer step of the run that resumes.
+        before: When the checkpoint was written: ``global_batch_size``; ``accumulate_grad_batches``, the micro-batches
+            of one rank in an optimizer step; and where rows were counted before, ``resumed_epoch`` and ``first_row``.
+        now: The same of the run that resumes.
 
     Raises:
         UserError: The DataModule cannot resume inside an epoch with other steps, or the checkpoint lies in a step.
     """
     progress, fit_loop = _batch_progress(checkpoint), checkpoint["loops"]["fit_loop"]
-    done = progress["current"]["processed"]
-    if progress["is_last_batch"]:
-        rescale_progress(checkpoint, before=before["accumulate_grad_batches"], now=now)
+    epoch, done = fit_loop["epoch_progress"]["current"]["processed"], progress["current"]["processed"]
+    first_row = before["first_row"] if before["resumed_epoch"] == epoch else 0
+    is_same = before["global_batch_size"] == now["global_batch_size"] and not first_row
+    if is_same or progress["is_last_batch"] or (done == 0 and not first_row):
+        rescale_progress(checkpoint, before=before["accumulate_grad_batches"], now=now["accumulate_grad_batches"])
+        if not is_same:
+            finish_epoch(checkpoint)
         return
     num_steps, rest = divmod(done, before["accumulate_grad_batches"])
     resume_at = getattr(data, "resume_at", None)
-    if done and (rest or resume_at is None):
+    if rest or resume_at is None:
         raise UserError(
             f"data.global_batch_size: the checkpoint lies inside an epoch of steps of {before['global_batch_size']} "
-            f"rows, which cannot be continued with {data.global_batch_size}; resume with "
+            f"rows, which cannot be continued with {now['global_batch_size']}; resume with "
             f"{before['global_batch_size']}, or from a checkpoint at the end of an epoch"
         )
-    epoch = fit_loop["epoch_progress"]["current"]["processed"]
-    first_row = before["first_row"] + num_steps * before["global_batch_size"]
-    if resume_at is not None and first_row:
-        resume_at(epoch, first_row)
-        rank_zero_info(f"The run resumes at row {first_row} of epoch {epoch}, {data.global_batch_size} rows a step")
+    first_row += num_steps * before["global_batch_size"]
+    resume_at(epoch, first_row)
+    rank_zero_info(f"The run resumes at row {first_row} of epoch {epoch}, {now['global_batch_size']} rows a step")
     for part in ("current", "total"):
         epochs = fit_loop["epoch_progress"][part]
         fit_loop["epoch_progress"][part] = dict.fromkeys(epochs, epochs["processed"])

@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dpr_lightning.callbacks.checkpoint import RunCheckpoint
 from dpr_lightning.data.demonstrations import DemonstrationConfig
 from dpr_lightning.data.rollout_datamodule import RolloutDataModule
 from dpr_lightning.data.sft_datamodule import SFTDataModule
@@ -68,9 +69,17 @@ def sft(
     return module, data
 
 
-def fit(make_trainer: Any, parts: tuple[Any, Any], directory: Path, resume: Path | None = None, **more: Any) -> Watch:
+def fit(
+    make_trainer: Any,
+    parts: tuple[Any, Any],
+    directory: Path,
+    resume: Path | None = None,
+    kind: type[ModelCheckpoint] = ModelCheckpoint,
+    **more: Any,
+) -> Watch:
     watch = Watch()
-    saving = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    keep: Any = {"keep": 100} if kind is RunCheckpoint else {"filename": "{step}", "save_top_k": -1}
+    saving = kind(dirpath=directory, every_n_train_steps=1, **keep)
     settings = {"max_epochs": 3, "enable_checkpointing": True, "limit_val_batches": 0} | more
     make_trainer(callbacks=[watch, saving], **settings).fit(*parts, ckpt_path=resume)
     return watch
@@ -106,7 +115,7 @@ def test_the_same_settings_touch_nothing(
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize(("size", "micro"), [(6, 2), (12, 4), (10, 5), (24, 2)])
+@pytest.mark.parametrize(("size", "micro"), [(4, 1), (6, 2), (12, 4), (10, 5), (24, 2)])
 def test_every_row_is_trained_on_once_with_steps_of_another_size(
     step: int, size: int, micro: int, tiny_model_dir: Path, demonstrations_file: str, make_trainer: Any, tmp_path: Path
 ) -> None:
@@ -120,6 +129,20 @@ def test_every_row_is_trained_on_once_with_steps_of_another_size(
         assert set(rows.values()) == {1}
         left = NUM_ROWS - sum(before.sizes.get(epoch, []))
         assert after.sizes.get(epoch, []) == [min(size, left - done) for done in range(0, left, size)]
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, RunCheckpoint])
+def test_the_epoch_after_one_that_was_carried_over_is_whole(
+    kind: type[ModelCheckpoint], tiny_model_dir: Path, demonstrations_file: str, make_trainer: Any, tmp_path: Path
+) -> None:
+    # Steps of 8, then of 10 from row 8 on: 10 and 6 rows end the epoch at step 3, from where a third run resumes.
+    parts = sft(tiny_model_dir, demonstrations_file, size=8)
+    fit(make_trainer, parts, tmp_path / "1", kind=kind, max_steps=1)
+    for number, (start, sizes) in enumerate(((1, {0: [10, 6], 1: [10, 10, 4]}), (3, {1: [10, 10, 4]}))):
+        parts = sft(tiny_model_dir, demonstrations_file, size=10)
+        checkpoint = tmp_path / str(number + 1) / f"step={start}.ckpt"
+        watch = fit(make_trainer, parts, tmp_path / str(number + 2), checkpoint, kind=kind, max_epochs=2)
+        assert watch.sizes == sizes
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
