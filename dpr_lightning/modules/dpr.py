@@ -116,7 +116,8 @@ class DPRModule(OnPolicyModule):
 
     @override
     def check_frozen(self, frozen: Mapping[str, CausalPolicy]) -> None:
-        refuse_equal_weights(frozen["teacher"], {name: frozen[name] for name in self.reference_names})
+        if frozen:
+            refuse_equal_weights(frozen["teacher"], {name: frozen[name] for name in self.reference_names})
 
     @property
     def reference_names(self) -> list[str]:
