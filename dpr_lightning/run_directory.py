@@ -20,6 +20,8 @@ from dpr_lightning.manifest import is_complete, read_json
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+INITIAL = "initial"
+"""As ``ckpt_path``: the weights that a run starts from."""
 _NOT_TRAINING = (
     "ckpt_path",
     "run_dir",
@@ -142,6 +144,25 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
         )
     rank_zero_info(f"'{run_dir}' holds a run that ended before its first checkpoint; it begins anew")
     return None
+
+
+def find_trained_weights(run_dir: Path) -> str:
+    """Return the finished model of a run, which ``validate``, ``test`` and ``predict`` measure if told nothing else.
+
+    Raises:
+        UserError: There is none.
+    """
+    final = run_dir / "final"
+    if is_complete(final):
+        rank_zero_info(f"Evaluating the trained model '{final}'")
+        return str(final)
+    directory = run_dir / CHECKPOINTS
+    found = "an unfinished run" if resumable_in(directory) else "no trained model"
+    advice = "--ckpt_path last takes its newest checkpoint; " if resumable_in(directory) else ""
+    raise UserError(
+        f"run_dir: '{run_dir}' holds {found}, so there are no final weights to evaluate; set run_dir to a finished "
+        f"run; {advice}--ckpt_path initial evaluates the weights that the run starts from"
+    )
 
 
 def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:

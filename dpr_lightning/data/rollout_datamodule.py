@@ -16,6 +16,7 @@ from typing_extensions import override
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
+from dpr_lightning.data.positions import warn_beyond_positions
 from dpr_lightning.data.prompts import (
     EVALUATION_KEY,
     PromptLoader,
@@ -357,7 +358,14 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _check_lengths(self, stage: str) -> None:
-        """Let a sampler that cannot hold every sequence refuse before weights are loaded."""
+        """Before weights load, warn of rollouts beyond the model's positions; let a sampler refuse what is too long."""
+        if stage == "fit":
+            warn_beyond_positions(
+                self.prompts["train"].encoded.prompt_lengths + self.sampling.max_new_tokens,
+                getattr(self.module, "max_positions", None),
+                what="prompts, with the longest response,",
+                advice="lower data.sampling.max_new_tokens or data.demonstrations.max_prompt_tokens",
+            )
         sampler = self.module.sampler
         if not isinstance(sampler, BoundedSampler):
             return

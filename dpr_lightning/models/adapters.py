@@ -216,6 +216,24 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> list[torch.nn.Param
     return [parameter for layer in _layers(model) for parameter in _parameters(layer, name)]
 
 
+def adapter_updates(model: PreTrainedModel, name: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by layer the factors B and A of an adapter's update, those layers left out whose update is 0.
+
+    Args:
+        model: The base with its adapters.
+        name: Which adapter; None is the bare base.
+    """
+    updates: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and name is not None and name in layer.lora_B:
+            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
+            assert isinstance(up, Tensor)
+            assert isinstance(down, Tensor)
+            if torch.count_nonzero(up):
+                updates[path] = (up, down)
+    return updates
+
+
 def train_only(model: PreTrainedModel, name: str) -> None:
     """Make one adapter active, and turn its gradients on and all others' off."""
     model.requires_grad_(False)

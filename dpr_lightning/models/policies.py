@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpr_lightning.models import ragged
 from dpr_lightning.models.adapters import (
     ACTOR,
     adapter_parameters,
+    adapter_updates,
     add_adapter,
     find_source,
     load_adapter,
@@ -312,7 +314,63 @@ def find_frozen_pair(
         references = tuple(str(path) for _, path in wanted)
     if not references or len(set(references)) != len(references):
         raise UserError(f"model.reference: found {list(references)}; give one or more different references")
+    if all(_is_same_place(found.teacher, place) for place in references):
+        raise UserError(
+            f"model.reference: '{references[0]}' is the teacher itself, so the reward would be 0 for every token; give "
+            "an earlier checkpoint of the same SFT run"
+        )
+    if any(_is_same_place(place, other) for place, other in combinations(references, 2)):
+        raise UserError(f"model.reference: two of {list(references)} are one directory; give different references")
     return FrozenPair(teacher=found.teacher, references=references, manifest=found.manifest)
+
+
+def _is_same_place(first: str, second: str) -> bool:
+    """Return whether two directories or hub names are one."""
+    if first == second:
+        return True
+    return Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
+
+
+def refuse_equal_weights(teacher: CausalPolicy, references: Mapping[str, CausalPolicy]) -> None:
+    """Refuse a teacher that is its own reference, and references that are one: rewards would be 0, or counted twice.
+
+    Reads weights until the first difference, which is at once unless there is none. Sharded policies and policies on
+    different bases are not compared.
+
+    Args:
+        teacher: pi_SFT, loaded.
+        references: By name, loaded.
+
+    Raises:
+        UserError: They have equal weights.
+    """
+    cause = "a learning rate of 0 in warm-up, or too few steps, leaves two checkpoints equal"
+    if all(_have_equal_weights(teacher, reference) for reference in references.values()):
+        raise UserError(
+            "model.reference: teacher and reference have equal weights, so the reward would be 0 for every token; give "
+            f"an earlier checkpoint of the same SFT run ({cause})"
+        )
+    for (name, reference), (other_name, other) in combinations(references.items(), 2):
+        if _have_equal_weights(reference, other):
+            raise UserError(f"model.reference: {name} and {other_name} have equal weights; leave one out ({cause})")
+
+
+def _have_equal_weights(first: CausalPolicy, second: CausalPolicy) -> bool:
+    if isinstance(first, AdapterPolicy) != isinstance(second, AdapterPolicy):
+        return False
+    if isinstance(first, AdapterPolicy) and isinstance(second, AdapterPolicy):
+        if first.model is not second.model:
+            return False
+        updates = [adapter_updates(first.model, policy.adapter) for policy in (first, second)]
+        return updates[0].keys() == updates[1].keys() and all(
+            torch.equal(factor, updates[1][name][index])
+            for name, factors in updates[0].items()
+            for index, factor in enumerate(factors)
+        )
+    weights, others = dict(first.model.named_parameters()), dict(second.model.named_parameters())
+    return weights.keys() == others.keys() and all(
+        value.shape == others[name].shape and torch.equal(value, others[name]) for name, value in weights.items()
+    )
 
 
 def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
@@ -27,12 +27,13 @@ from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
+from dpr_lightning.models.backbone import BackboneConfig, load_config, load_tokenizer, locate
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
 from dpr_lightning.modules.export import Export
-from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
+from dpr_lightning.modules.optimization import Settings, apply_settings, few_steps_warning, group_settings
+from dpr_lightning.modules.resume import random_states, restore_place, restore_random_state
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.run_directory import RunLogger
@@ -95,8 +96,11 @@ class CausalLMModule(LightningModule):
         self.policy: CausalPolicy | None = None
         # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
         self.__dict__["frozen"] = {}
+        self.trained_weights: str | None = None
+        """Directory of a finished run's weights, for ``validate``, ``test`` and ``predict`` in place of the start."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_metrics: dict[str, Tensor] = {}
+        self._configured: list[Settings] = []
         self._random_states: list[dict[str, Any]] | None = None
         """Every rank's, of the checkpoint that the run resumes from, until training starts."""
         self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
@@ -116,6 +120,13 @@ class CausalLMModule(LightningModule):
         return self._tokenizer
 
     @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for, by its configuration; None where it names none."""
+        config = load_config(self.initial_weights, self.backbone).get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    @property
     def actor(self) -> CausalPolicy:
         """The policy that is trained."""
         assert self.policy is not None, "configure_model has not run"
@@ -126,7 +137,9 @@ class CausalLMModule(LightningModule):
         sources = self.frozen_sources()
         if self.policy is not None and sources.keys() <= self.frozen.keys():
             return
-        policy, frozen = load_policies(self.initial_weights, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        start = self.trained_weights or self.initial_weights
+        policy, frozen = load_policies(start, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        self.check_frozen(frozen)
         for other in frozen.values():
             if not isinstance(other, AdapterPolicy):
                 self.shard(other, offload=getattr(self, "offload_frozen", False))
@@ -137,7 +150,7 @@ class CausalLMModule(LightningModule):
         self.policy = policy
         model, num_trained = policy.model, sum(parameter.numel() for parameter in self.actor_parameters())
         rank_zero_info(
-            f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
+            f"{type(model).__name__} from '{start}': {model.num_parameters() / 1e6:,.2f}M parameters, "
             f"{model.dtype}; {num_trained / 1e6:,.2f}M are trained"
         )
         self.shard(policy)
@@ -157,7 +170,15 @@ class CausalLMModule(LightningModule):
         # refuses to clip them. It takes gradients that are unscaled and clipped as any other does.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = self.make_schedule(optimizer, num_steps)
+        self._configured = group_settings(optimizer)
+        size = getattr(self.trainer.datamodule, "global_batch_size", None)  # type: ignore[attr-defined]
+        warning = few_steps_warning(schedule, num_steps, global_batch_size=size, max_epochs=self.trainer.max_epochs)
+        if warning is not None:
+            rank_zero_warn(warning)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def check_frozen(self, frozen: Mapping[str, CausalPolicy]) -> None:
+        """Refuse frozen policies, loaded and not yet sharded, that this stage cannot use."""
 
     def frozen_sources(self) -> dict[str, str]:
         """Return where each policy lies that this stage needs and never trains, by name."""
@@ -171,15 +192,20 @@ class CausalLMModule(LightningModule):
         """Return what the optimizer trains: parameters, or groups of them with settings of their own."""
         return self.actor_parameters()
 
-    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LambdaLR:
         """Return the learning rate of each of ``num_steps`` optimizer steps: warm-up, then a cosine."""
-        schedule: LRScheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        schedule: LambdaLR = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             num_warmup_steps=round(self.warmup_ratio * num_steps),
             num_training_steps=num_steps,
             min_lr_rate=self.min_lr_ratio,
         )
         return schedule
+
+    def first_learning_rate(self, num_steps: int) -> float:
+        """Return the learning rate of the first of ``num_steps`` optimizer steps as a share of its peak."""
+        schedule = self.make_schedule(SGD([Parameter(torch.zeros(1))], lr=1.0), num_steps)
+        return float(schedule.get_last_lr()[0])
 
     def planned_optimizer_steps(self) -> int:
         """Return N, the optimizer steps of the whole run, known before the first.
@@ -261,7 +287,7 @@ class CausalLMModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["token_counts"] = self.total_token_counts()
-        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["steps"] = self._step_sizes()
         checkpoint["random_states"] = random_states()
         if self.backbone.lora is not None:
             # The base is where the run found it; a checkpoint holds what was trained.
@@ -269,11 +295,22 @@ class CausalLMModule(LightningModule):
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trained}
 
+    def _step_sizes(self) -> dict[str, int]:
+        """Return what a run that resumes must know of this one's optimizer steps to find its place in the epoch."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        resumed_epoch, first_row = getattr(data, "resumed", (-1, 0))
+        return {
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "global_batch_size": getattr(data, "global_batch_size", 0),
+            "resumed_epoch": resumed_epoch,
+            "first_row": first_row,
+        }
+
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
-            before = checkpoint.get("accumulate_grad_batches", self.trainer.accumulate_grad_batches)
-            rescale_progress(checkpoint, before=before, now=self.trainer.accumulate_grad_batches)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            restore_place(checkpoint, data, before=checkpoint["steps"], now=self._step_sizes())
             self._random_states = checkpoint.get("random_states", [])
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
@@ -285,6 +322,9 @@ class CausalLMModule(LightningModule):
             # As late as can be: nothing that happens once more when a run resumes may draw from it.
             restore_random_state(self._random_states, rank=self.global_rank, step=self.trainer.global_step)
             self._random_states = None
+            schedules: Any = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            if changes := apply_settings(self.trainer.optimizers, schedules, self._configured):
+                rank_zero_info(f"The run resumes with new optimizer settings: {', '.join(changes)}")
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.begin_at(self.trainer.global_step)
