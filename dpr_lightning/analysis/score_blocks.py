@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dpr_lightning.analysis.frozen import FrozenPolicies
 from dpr_lightning.analysis.token_rewards import EncodedRow, TokenRewards
 from dpr_lightning.data.demonstrations import DemonstrationConfig, DemonstrationTable
-from dpr_lightning.data.encoding import NOTES, encode_table
-from dpr_lightning.data.presets import Demonstration
+from dpr_lightning.data.encoding import NOTES, Reason, encode_table, usable_answer
+from dpr_lightning.data.tokenization import special_pattern
 from dpr_lightning.errors import UserError
 
 Format = Literal["parquet", "jsonl"]
 
-NOT_UNICODE = "text with half a surrogate pair"
+NOT_UNICODE = Reason.NOT_UNICODE.value
 _NUM_EXAMPLES = 3
 
 _SCHEMA = pa.schema(
@@ -103,21 +102,21 @@ class Blocks:
         rows = self.table.rows[number * self.block_rows : (number + 1) * self.block_rows]
         block = dataclasses.replace(self.table, rows=rows)
         texts = {int(row): item for numbers, chunk in block.chunks() for row, item in zip(numbers, chunk, strict=True)}
-        broken = [row for row, item in texts.items() if not _is_unicode(item)]
-        good = np.array([row for row in texts if row not in set(broken)], dtype=np.int64)
         encoded, report = encode_table(
-            dataclasses.replace(self.table, rows=good),
+            block,
             tokenizer=self.policies.tokenizer,
             template=self.policies.template,
             config=self.config,
             split="data",
             refuse_rejected=False,
         )
+        special = special_pattern(self.policies.tokenizer)
         found = [
             EncodedRow(
                 row=int(row) + 1,
                 prompt="\n\n".join(filter(None, (texts[int(row)].system, texts[int(row)].prompt))),
-                response=texts[int(row)].response,
+                # The text that was encoded: without a tag that the prompt ends with, with fields that it renders.
+                response=usable_answer(self.policies.tokenizer, self.policies.template, texts[int(row)], special)[1],
                 prompt_ids=encoded.prompt_ids(index),
                 response_ids=encoded.response_ids(index),
             )
@@ -127,11 +126,8 @@ class Blocks:
             tally.num_rows += len(texts)
             tally.num_scored += len(found)
             tally.num_tokens += sum(len(row.response_ids) for row in found)
-            if broken:
-                places = [self.table.locate(row) for row in broken[:_NUM_EXAMPLES]]
-                tally.add(NOT_UNICODE, places, count=len(broken), is_note=False)
             for reason, count in report.counts.items():
-                tally.add(reason.value, report.examples[reason], count=count, is_note=reason in NOTES)
+                tally.add(str(reason), report.examples[reason], count=count, is_note=reason in NOTES)
         return found
 
     def survey(self) -> Tally:
@@ -143,14 +139,6 @@ class Blocks:
                 digest.update(json.dumps(line).encode())
         tally.fingerprint = digest.hexdigest()[:16]
         return tally
-
-
-def _is_unicode(item: Demonstration) -> bool:
-    try:
-        "".join([*(message["content"] for message in item.messages), item.response]).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def part_path(directory: Path, number: int, form: Format) -> Path:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpr_lightning.data.presets import Demonstration, PresetName, build_demonstration, resolve_columns
+from dpr_lightning.data.chats import Demonstration
+from dpr_lightning.data.presets import PresetName, build_demonstration, resolve_columns
 from dpr_lightning.data.readers import Records, open_records
 from dpr_lightning.data.splitting import IndexArray, prompt_hashes, split_by_prompt, subsample
 from dpr_lightning.errors import UserError
@@ -29,9 +30,9 @@ class DemonstrationConfig:
     hub_split: str = "train"
     """Split of a hub data set that is read as ``source``."""
     preset: PresetName = "prompt_response"
-    """Layout of the source: prompt_response, open_orca, alpaca, gsm8k or messages."""
+    """Layout of the source: prompt_response, open_orca, alpaca, gsm8k, messages or sharegpt."""
     columns: dict[str, str] | None = None
-    """Columns that differ from the preset's: keys prompt, response, system, messages (and input for alpaca)."""
+    """Columns that differ from the preset's: keys prompt, response, system, messages, tools (and input for alpaca)."""
     subsample: int | None = None
     """Rows drawn by ``seed`` before anything is split off; null keeps all. The paper draws 100,000."""
     seed: int = 0
@@ -111,7 +112,7 @@ class DemonstrationTable:
 
     def locate(self, row: int) -> str:
         """Say where source row ``row`` lies, for messages."""
-        return self.records.locate(row)
+        return self.records.place(row)
 
     def _read(self, rows: IndexArray) -> list[dict[str, Any]]:
         return self.records.read([int(row) for row in rows])

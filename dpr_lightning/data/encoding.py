@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,95 +14,22 @@ import numpy.typing as npt
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpr_lightning.data.demonstrations import CONFIG_KEY, DemonstrationConfig, DemonstrationTable
-from dpr_lightning.data.presets import Demonstration
+from dpr_lightning.data.chats import Demonstration
+from dpr_lightning.data.demonstrations import DemonstrationConfig, DemonstrationTable
+from dpr_lightning.data.drop_report import NOTES, DropReport, Reason
 from dpr_lightning.data.splitting import IndexArray
-from dpr_lightning.data.templates import PromptTemplate
+from dpr_lightning.data.templates import PromptTemplate, TemplateRefusalError, without_opening
 from dpr_lightning.data.tokenization import (
     default_prefix,
-    encode_prompts,
     encode_responses,
     eos_id,
     finish_response,
     special_ids,
     special_pattern,
+    try_encode_prompts,
 )
-from dpr_lightning.errors import UserError
 
-_NUM_EXAMPLES = 3
-
-
-class Reason(StrEnum):
-    """Why a row was dropped or is worth a note."""
-
-    EMPTY_PROMPT = "empty prompt"
-    EMPTY_RESPONSE = "empty response"
-    LONG_PROMPT = "prompt too long"
-    NO_LABELS = "no response tokens"
-    SPECIAL_IDS = "text became special ids"
-    TRUNCATED = "response cut, EOS not taught"
-    SPELLS_SPECIAL = "special token spelt out, kept as text"
-
-
-NOTES = frozenset({Reason.TRUNCATED, Reason.SPELLS_SPECIAL})
-"""Reasons for which a row is kept."""
-
-
-@dataclass(slots=True)
-class DropReport:
-    """Rows of one split, dropped and noted, by reason."""
-
-    split: str
-    num_rows: int = 0
-    counts: Counter[Reason] = field(default_factory=Counter)
-    examples: dict[Reason, list[str]] = field(default_factory=dict)
-    """Where the first rows of each reason lie."""
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows that are left out."""
-        return sum(count for reason, count in self.counts.items() if reason not in NOTES)
-
-    @property
-    def num_kept(self) -> int:
-        """Rows that are used."""
-        return self.num_rows - self.num_dropped
-
-    def add(self, reason: Reason, row: int, table: DemonstrationTable) -> None:
-        """Count source row ``row`` of ``table``."""
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _NUM_EXAMPLES:
-            examples.append(table.locate(row))
-
-    def table(self) -> str:
-        """Return a few lines of text: rows, share and first places of each reason."""
-        lines = [f"{self.split}: {self.num_rows} rows, {self.num_kept} kept, {self.num_dropped} dropped"]
-        for reason in Reason:
-            if count := self.counts[reason]:
-                what = "kept" if reason in NOTES else "dropped"
-                places = ", ".join(self.examples[reason])
-                lines.append(f"  {what:<8}{count:>9}  {count / self.num_rows:>6.2%}  {reason.value} ({places})")
-        return "\n".join(lines)
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Return the counts as plain JSON values."""
-        counts = {reason.value: count for reason, count in self.counts.items()}
-        return {"rows": self.num_rows, "kept": self.num_kept, "dropped": self.num_dropped, "reasons": counts}
-
-    def refuse_above(self, max_share: float) -> None:
-        """Raise UserError if more than ``max_share`` of the rows were dropped, or if none is left."""
-        if self.num_kept > 0 and self.num_dropped <= max_share * self.num_rows:
-            return
-        reasons = "; ".join(
-            f"{count} {reason.value} (first: {', '.join(self.examples[reason])})"
-            for reason, count in self.counts.most_common()
-            if reason not in NOTES
-        )
-        raise UserError(
-            f"{CONFIG_KEY}: {self.num_dropped} of {self.num_rows} {self.split} rows cannot be used: "
-            f"{reasons or 'there are none'}; repair them or raise max_rejected_share (now {max_share})"
-        )
+__all__ = ["NOTES", "DropReport", "EncodedDemonstrations", "Reason", "encode_table", "usable_answer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +82,7 @@ class EncodedDemonstrations:
         return frozenset(self.prompt_flat[start:stop].tobytes() for start, stop in pairs)
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits of the ids: equal for equal training data, whatever the files were called."""
+        """Return 16 hexadecimal digits of the ids: equal for equal data in equal order, whatever the files' names."""
         digest = hashlib.sha256()
         for array, kind in (
             (self.prompt_offsets, "<i8"),
@@ -219,12 +146,14 @@ def encode_table(
     for chunk_rows, chunk in table.chunks():
         kept = encoder.encode(chunk_rows, chunk)
         progress.update(len(chunk))
+        report.note_prompts([row for row, _, _ in kept], [prompt for _, prompt, _ in kept])
         rows.extend(row for row, _, _ in kept)
         prompts_flat.add([prompt for _, prompt, _ in kept])
         responses_flat.add([response for _, _, response in kept])
     progress.close()
+    report.count_repeats(table)
     if refuse_rejected:
-        report.refuse_above(config.max_rejected_share)
+        report.refuse_above(config.max_rejected_share, max_prompt_tokens=config.max_prompt_tokens)
     encoded = EncodedDemonstrations(
         table=table,
         rows=np.asarray(rows, dtype=np.int64),
@@ -261,20 +190,36 @@ class _ChunkEncoder:
 
     def encode(self, rows: IndexArray, chunk: list[Demonstration]) -> list[tuple[int, list[int], list[int]]]:
         """Return source row, prompt ids and response ids of every usable demonstration."""
-        candidates = [(int(row), item) for row, item in zip(rows, chunk, strict=True) if self._has_text(int(row), item)]
-        prompts = encode_prompts(self.tokenizer, self.template, [item.messages for _, item in candidates])
+        candidates: list[tuple[int, Demonstration, str]] = []
+        for row, item in zip(rows.tolist(), chunk, strict=True):
+            reason, text = self._read(item)
+            if reason:
+                self.report.add(reason, row, self.table)
+            else:
+                candidates.append((row, item, text))
+        prompts = try_encode_prompts(
+            self.tokenizer,
+            self.template,
+            [item.messages for _, item, _ in candidates],
+            [item.tools for _, item, _ in candidates],
+        )
         if self.needs_response:
-            responses = encode_responses(self.tokenizer, [item.response for _, item in candidates])
+            responses = encode_responses(self.tokenizer, [text for _, _, text in candidates])
         else:
             responses = [[] for _ in candidates]
         kept = []
-        for (row, item), prompt, response in zip(candidates, prompts, responses, strict=True):
-            if (reason := self._objection(prompt, response)) is not None:
-                self.report.add(reason, row, self.table)
+        for (row, item, text), prompt, response in zip(candidates, prompts, responses, strict=True):
+            if isinstance(prompt, TemplateRefusalError):
+                self.report.add(prompt.reason, row, self.table)
+                continue
+            if (objection := self._objection(prompt, response)) is not None:
+                self.report.add(objection, row, self.table)
                 continue
             texts = [message["content"] for message in item.messages]
-            if any(self.special_pattern.search(text) for text in [*texts, item.response]):
+            if any(self.special_pattern.search(part) for part in [*texts, text]):
                 self.report.add(Reason.SPELLS_SPECIAL, row, self.table)
+            for note in item.notes:
+                self.report.add(note, row, self.table)
             if self.needs_response:
                 response, is_complete = finish_response(
                     response, eos_id=self.eos_id, max_tokens=self.config.max_response_tokens
@@ -284,19 +229,18 @@ class _ChunkEncoder:
             kept.append((row, prompt, response))
         return kept
 
-    def _has_text(self, row: int, item: Demonstration) -> bool:
-        if not item.messages:
-            self.report.add(Reason.EMPTY_PROMPT, row, self.table)
-            return False
-        if self.needs_response and not item.response.strip():
-            self.report.add(Reason.EMPTY_RESPONSE, row, self.table)
-            return False
-        return True
+    def _read(self, item: Demonstration) -> tuple[str, str]:
+        """Return why an item cannot be used, empty if it can, and the text of its response."""
+        reason = prompt_objection(self.tokenizer, self.template, item, self.special_pattern)
+        if reason or not self.needs_response:
+            return reason, item.response
+        return usable_answer(self.tokenizer, self.template, item, self.special_pattern)
 
     def _objection(self, prompt: list[int], response: list[int]) -> Reason | None:
         if not prompt:  # column 0 of a batch is never part of a response, so a response needs a token before it
             return Reason.EMPTY_PROMPT
         if len(prompt) > self.config.max_prompt_tokens:
+            self.report.longest_prompt = max(self.report.longest_prompt, len(prompt))
             return Reason.LONG_PROMPT
         if self.needs_response and not response:
             return Reason.NO_LABELS
@@ -307,3 +251,59 @@ class _ChunkEncoder:
         ):
             return Reason.SPECIAL_IDS
         return None
+
+
+def prompt_objection(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, item: Demonstration, special: re.Pattern[str]
+) -> str:
+    """Return why a row's prompt cannot be given to the model, empty if it can."""
+    if item.prompt_problem:
+        return item.prompt_problem
+    if not item.messages:
+        return Reason.EMPTY_PROMPT
+    parts = [message["content"] for message in item.messages]
+    beside = ""
+    if item.prompt_fields:
+        if lost := template.unrendered(tokenizer, item.prompt_fields):
+            return _unrendered(lost)
+        extra = [{**message, "content": ""} for message in item.messages if len(message) > 2]
+        beside = json.dumps([extra, item.tools], ensure_ascii=False, default=str)
+    if not _is_unicode([*parts, item.response, beside]):
+        return Reason.NOT_UNICODE
+    # Fields are rendered by the template, among its own control tokens.
+    return Reason.SPECIAL_FIELD if beside and special.search(beside) else ""
+
+
+def usable_answer(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, item: Demonstration, special: re.Pattern[str]
+) -> tuple[str, str]:
+    """Return why a row's answer cannot be trained on, empty if it can, and its text as the prompt continues."""
+    response = item.response
+    if item.response_problem:
+        return item.response_problem, response
+    if item.answer is not None:
+        if lost := template.unrendered(tokenizer, item.answer_fields):
+            return _unrendered(lost), response
+        try:
+            response = template.render_answer(tokenizer, item.messages, item.answer, item.tools)
+        except TemplateRefusalError as refusal:
+            return refusal.reason, response
+        if not _is_unicode([response]):
+            return Reason.NOT_UNICODE, ""
+        if special.search(response):
+            return Reason.SPECIAL_FIELD, response
+    response = without_opening(response, template.opening(tokenizer))
+    return ("" if response.strip() else Reason.EMPTY_RESPONSE), response
+
+
+def _unrendered(fields: Sequence[str]) -> str:
+    shown = ["messages of role 'tool'" if name == "tool" else repr(name) for name in fields]
+    return f"{' and '.join(shown)} that the prompt template does not write"
+
+
+def _is_unicode(texts: Sequence[str]) -> bool:
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

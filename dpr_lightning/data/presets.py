@@ -8,58 +8,37 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from dpr_lightning.data.chats import Demonstration, answer_message, from_chat, from_prompt, text_of
 from dpr_lightning.errors import UserError
 
-Message = dict[str, str]
-"""One turn of a conversation: its ``role`` (system, user or assistant) and its ``content``."""
-
-PresetName = Literal["prompt_response", "open_orca", "alpaca", "gsm8k", "messages"]
-ROLES = ("system", "user", "assistant")
+PresetName = Literal["prompt_response", "open_orca", "alpaca", "gsm8k", "messages", "sharegpt"]
+_NUM_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """The columns of a known layout. Keys of ``columns``: prompt, response, system, messages, input."""
+    """The columns of a known layout. Keys of ``columns``: prompt, response, system, messages, input, tools."""
 
     columns: Mapping[str, str]
     """What each part of a demonstration is called in the source."""
-    optional: frozenset[str] = frozenset({"system"})
+    optional: frozenset[str] = frozenset({"system", "input", "tools"})
     """Parts whose column may be absent."""
 
 
 PRESETS: dict[str, Preset] = {
-    "prompt_response": Preset(columns={"prompt": "prompt", "response": "response", "system": "system"}),
-    "open_orca": Preset(columns={"prompt": "question", "response": "response", "system": "system_prompt"}),
-    "alpaca": Preset(
-        columns={"prompt": "instruction", "input": "input", "response": "output"}, optional=frozenset({"input"})
+    "prompt_response": Preset(
+        columns={"prompt": "prompt", "response": "response", "system": "system", "tools": "tools"}
     ),
-    "gsm8k": Preset(columns={"prompt": "question", "response": "answer"}),
-    "messages": Preset(columns={"messages": "messages"}),
+    "open_orca": Preset(columns={"prompt": "question", "response": "response", "system": "system_prompt"}),
+    "alpaca": Preset(columns={"prompt": "instruction", "input": "input", "response": "output", "system": "system"}),
+    "gsm8k": Preset(columns={"prompt": "question", "response": "answer", "system": "system"}),
+    "messages": Preset(columns={"messages": "messages", "system": "system", "tools": "tools"}),
+    "sharegpt": Preset(columns={"messages": "conversations", "system": "system", "tools": "tools"}),
 }
 assert set(PRESETS) == set(get_args(PresetName))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
-    """One prompt and its demonstrated response."""
-
-    messages: tuple[Message, ...]
-    """The prompt: an optional system message, then turns that end with the user's; empty if there is no prompt."""
-    response: str
-    """The demonstrated answer; empty if there is none."""
-
-    @property
-    def prompt(self) -> str:
-        """What the user said, without the system message: the identity of a prompt when data are split."""
-        return "\n\n".join(message["content"] for message in self.messages if message["role"] != "system")
-
-    @property
-    def system(self) -> str:
-        """The system message, empty if there is none."""
-        return next((message["content"] for message in self.messages if message["role"] == "system"), "")
 
 
 def resolve_columns(
@@ -80,10 +59,13 @@ def resolve_columns(
     for part in mapped:
         if part not in parts:
             raise UserError(f"{key}.columns: unknown key {part!r}{_nearest(part, sorted(parts))}; use {sorted(parts)}")
-    if "messages" in mapped and preset != "messages":
+    is_chat_preset = "messages" in PRESETS[preset].columns
+    if "messages" in mapped and not is_chat_preset:
         raise UserError(f"{key}.columns: messages needs preset: messages, found preset: {preset}; set the preset")
-    if preset == "messages" and set(mapped) - {"messages"}:
-        raise UserError(f"{key}.columns: preset messages reads the messages column only, found {sorted(mapped)}")
+    if is_chat_preset and (foreign := set(mapped) - set(PRESETS[preset].columns)):
+        raise UserError(
+            f"{key}.columns: preset {preset} reads {', '.join(PRESETS[preset].columns)} only, found {sorted(foreign)}"
+        )
     columns = {**PRESETS[preset].columns, **mapped}
     for part, column in list(columns.items()):
         if column in available:
@@ -92,11 +74,20 @@ def resolve_columns(
         if is_optional and part not in mapped:
             del columns[part]
             continue
+        shown = ", ".join([*available[:_NUM_SHOWN], *(["..."] if len(available) > _NUM_SHOWN else [])])
         raise UserError(
             f"{key}.columns: no column {column!r} for {part}{_nearest(column, available)}; "
-            f"the source has {', '.join(available)}: map one with {key}.columns.{part} or choose another preset"
+            f"the source has {shown}: {_advice(part, preset, available, key)}"
         )
     return columns
+
+
+def _advice(part: str, preset: str, available: Sequence[str], key: str) -> str:
+    chats = (("messages", "messages"), ("sharegpt", "conversations"))
+    fitting = next((name for name, column in chats if column in available and name != preset), None)
+    if fitting is not None and part in ("prompt", "response", "messages"):
+        return f"set preset: {fitting}, or map one with {key}.columns.{part}"
+    return f"map one with {key}.columns.{part} or choose another preset"
 
 
 def build_demonstration(record: Mapping[str, Any], columns: Mapping[str, str], *, where: str) -> Demonstration:
@@ -110,53 +101,48 @@ def build_demonstration(record: Mapping[str, Any], columns: Mapping[str, str], *
     Raises:
         UserError: A cell is not text, or a chat is not a list of messages.
     """
+    if (found := _plain(record, columns)) is not None:
+        return found
+
+    def text(part: str) -> str:
+        column = columns.get(part)
+        return "" if column is None else text_of(record.get(column), where=where, column=column)
+
+    def missing(part: str) -> str:
+        column = columns.get(part)
+        return "" if column is None or column in record else f"field {column!r} is missing"
+
+    shared: dict[str, Any] = {"system": text("system"), "tools": record.get(columns.get("tools", "")), "where": where}
+    column = columns.get("messages", columns.get("prompt", ""))
     if "messages" in columns:
-        return _from_chat(record.get(columns["messages"]), where=where, column=columns["messages"])
-    text = {part: _text(record.get(column), where=where, column=column) for part, column in columns.items()}
-    prompt = text["prompt"]
-    if text.get("input", "").strip():
-        prompt = f"{prompt}\n\n{text['input']}"
-    if not prompt.strip():
-        return Demonstration(messages=(), response=text.get("response", ""))
-    messages: list[Message] = [{"role": "user", "content": prompt}]
-    if text.get("system", "").strip():
-        messages.insert(0, {"role": "system", "content": text["system"]})
-    return Demonstration(messages=tuple(messages), response=text.get("response", ""))
+        found = from_chat(record.get(column), column=column, **shared)
+        return replace(found, prompt_problem=found.prompt_problem or missing("messages"))
+    response = columns.get("response", "")
+    answer = answer_message(record.get(response), where=where, column=response)
+    prompt, more = record.get(column), text("input")
+    if not isinstance(prompt, list):
+        prompt = text("prompt")
+        prompt = f"{prompt}\n\n{more}" if more.strip() else prompt
+    elif more.strip():
+        raise UserError(f"{where}: column {column!r} holds messages beside an input; put its text into them")
+    found = from_prompt(prompt, answer, column=column, **shared)
+    return replace(
+        found,
+        prompt_problem=found.prompt_problem or missing("prompt"),
+        response_problem=found.response_problem or missing("response"),
+    )
 
 
-def _from_chat(chat: object, *, where: str, column: str) -> Demonstration:
-    if chat is None:
-        return Demonstration(messages=(), response="")
-    if not isinstance(chat, list):
-        raise UserError(
-            f"{where}: column {column!r} holds {type(chat).__name__}, not a list of messages; repair the row"
-        )
-    messages: list[Message] = []
-    for turn, message in enumerate(chat, start=1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            found = message.get("role") if isinstance(message, dict) else message
-            raise UserError(f"{where}: message {turn} in {column!r} has role {found!r}; use one of {', '.join(ROLES)}")
-        content = _text(message.get("content"), where=where, column=f"{column}[{turn}].content")
-        messages.append({"role": message["role"], "content": content})
-    # A chat without an answer is a prompt alone; what follows the last answer has no demonstration and is left out.
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    prompt = messages[:last]
-    response = messages[last]["content"] if last < len(messages) else ""
-    if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
-        prompt = []
-    return Demonstration(messages=tuple(prompt), response=response)
-
-
-def _text(value: object, *, where: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        shown = repr(value)
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        raise UserError(
-            f"{where}: column {column!r} holds {type(value).__name__} {shown}, not text; convert the column"
-        )
-    return value
+def _plain(record: Mapping[str, Any], columns: Mapping[str, str]) -> Demonstration | None:
+    """Return a row of text cells alone, the common case, without the checks that others need; None for others."""
+    cells = {part: record.get(column) for part, column in columns.items()}
+    prompt, response, more = cells.get("prompt"), cells.get("response"), cells.get("input")
+    system = cells.get("system") or ""
+    if more or cells.get("tools") or not (type(prompt) is type(response) is type(system) is str and prompt.strip()):
+        return None
+    message = {"role": "user", "content": prompt}
+    messages = ({"role": "system", "content": system}, message) if system.strip() else (message,)
+    return Demonstration(messages=messages, response=response)
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

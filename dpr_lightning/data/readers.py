@@ -6,7 +6,6 @@ so each is kept as its JSON text and parsed when it is read. Parquet files and h
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
@@ -16,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from dpr_lightning.data.text_rows import holds_an_array, text_rows
 from dpr_lightning.errors import UserError
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 _TEXT_FEATURES = datasets.Features(
-    {"record": datasets.Value("large_string"), "file": datasets.Value("int32"), "line": datasets.Value("int64")}
+    {
+        "record": datasets.Value("large_string"),
+        "file": datasets.Value("int32"),
+        "line": datasets.Value("int64"),
+        "new_columns": datasets.Value("string"),
+    }
 )
-_NUM_ROWS_FOR_COLUMNS = 100
 _LARGE = 64 * 2**20
 """Bytes that take more than a moment to read."""
-# The csv module's default limit of 128 KiB a cell is below the length of real responses; a C long is the largest.
-_CSV_CELL_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Records:
     files: tuple[str, ...]
     """Local files in reading order; empty for a hub data set."""
     columns: tuple[str, ...]
-    """Names of the source's columns (of its first rows, where each row may have its own)."""
+    """Names of all columns: where rows have different keys, the union over every row of every file."""
     is_text: bool
     """True where each row is stored as JSON text."""
 
@@ -55,10 +59,24 @@ class Records:
         return [{name: chunk[name][i] for name in self.columns} for i in range(len(indices))]
 
     def locate(self, index: int) -> str:
-        """Say where record ``index`` lies, in words fit for an error message."""
+        """Say where record ``index`` lies, as :meth:`place` does, but count the items of a JSON array as lines."""
+        if not self.is_text:
+            return self.place(index)
+        row = self.dataset[int(index)]
+        return f"{self.files[row['file']]} line {row['line']}"
+
+    def place(self, index: int) -> str:
+        """Say where record ``index`` lies, in words fit for an error message: file, and line or row."""
         if self.is_text:
             row = self.dataset[int(index)]
-            return f"{self.files[row['file']]} line {row['line']}"
+            file = self.files[row["file"]]
+            return f"{file} {'row' if holds_an_array(file) else 'line'} {row['line']}"
+        first = 0
+        for file in self.files:
+            num_rows = pq.ParquetFile(file).metadata.num_rows
+            if index < first + num_rows:
+                return f"{file} row {index - first + 1}"
+            first += num_rows
         return f"row {index + 1}"
 
 
@@ -119,12 +137,24 @@ def _open_hub(source: str, subset: str | None, hub_split: str, key: str) -> Reco
 def _open_parquet(files: tuple[str, ...], key: str) -> Records:
     try:
         with _bars_for(files):
-            dataset = datasets.load_dataset("parquet", data_files=list(files), split="train")
+            dataset = datasets.load_dataset(
+                "parquet", data_files=list(files), split="train", features=_union_of_columns(files)
+            )
     except Exception as error:  # wrapped differently by every version of datasets and pyarrow
         raise UserError(f"{key}: {', '.join(files)} cannot be read as Parquet: {_first_line(error)}") from error
     if len(dataset) == 0:
         raise UserError(f"{key}: {', '.join(files)} holds no rows; give at least one")
     return Records(dataset, files, tuple(dataset.column_names), is_text=False)
+
+
+def _union_of_columns(files: Sequence[str]) -> datasets.Features | None:
+    """Return the columns of all files where they differ; None lets ``datasets`` read the one set that there is."""
+    if len(files) == 1:
+        return None
+    schemas = [datasets.Features.from_arrow_schema(pq.read_schema(file)).arrow_schema for file in files]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return None
+    return datasets.Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
 
 
 def _open_text(files: tuple[str, ...], key: str) -> Records:
@@ -135,7 +165,7 @@ def _open_text(files: tuple[str, ...], key: str) -> Records:
     try:
         with _bars_for(files):
             dataset = datasets.Dataset.from_generator(
-                _text_rows, features=_TEXT_FEATURES, gen_kwargs={"files": absolute, "stamps": stamps, "key": key}
+                text_rows, features=_TEXT_FEATURES, gen_kwargs={"files": absolute, "stamps": stamps, "key": key}
             )
     except Exception as error:  # datasets wraps what our generator raises; only the user's mistakes are unwrapped
         cause: BaseException | None = error
@@ -144,9 +174,8 @@ def _open_text(files: tuple[str, ...], key: str) -> Records:
         if cause is None:
             raise
         raise cause from None
-    columns: dict[str, None] = {}
-    for text in dataset[:_NUM_ROWS_FOR_COLUMNS]["record"]:
-        columns.update(dict.fromkeys(json.loads(text)))
+    # Each column is named once, in the row where it first occurs: its other cells are null and cost nothing to read.
+    columns = [name for text in dataset.data.column("new_columns").drop_null().to_pylist() for name in json.loads(text)]
     return Records(dataset, files, tuple(columns), is_text=True)
 
 
@@ -162,86 +191,6 @@ def _bars_for(files: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
-
-
-def _text_rows(files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], key: str) -> Iterator[dict[str, Any]]:
-    del stamps  # see _open_text
-    num_rows = 0
-    for file_index, file in enumerate(files):
-        suffix = Path(file).suffix.lower()
-        try:
-            rows = _csv_rows(file, key) if suffix == ".csv" else _json_rows(file, key)
-            for line, record in rows:
-                yield {"record": record, "file": file_index, "line": line}
-                num_rows += 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{key}: {file} is not UTF-8 text (byte {error.start}); convert it") from error
-    if num_rows == 0:
-        raise UserError(f"{key}: {', '.join(files)} holds no rows; give at least one")
-
-
-def _json_rows(file: str, key: str) -> Iterator[tuple[int, str]]:
-    with open(file, encoding="utf-8-sig") as stream:
-        head = stream.read(1)
-        while head.isspace():
-            head = stream.read(1)
-        stream.seek(0)
-        if head == "[":
-            yield from _json_array_rows(stream.read(), file, key)
-            return
-        for line, text in enumerate(stream, start=1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{key}: {file} line {line}: broken JSON ({error.msg} at column {error.colno}); "
-                    "repair or delete the line"
-                ) from error
-            _check_object(record, file, line, key)
-            yield line, text
-
-
-def _json_array_rows(text: str, file: str, key: str) -> Iterator[tuple[int, str]]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{key}: {file} line {error.lineno}: broken JSON ({error.msg} at column {error.colno}); repair the file"
-        ) from error
-    for row, record in enumerate(records, start=1):
-        _check_object(record, file, row, key)
-        yield row, json.dumps(record)
-
-
-def _check_object(record: object, file: str, line: int, key: str) -> None:
-    if not isinstance(record, dict):
-        raise UserError(
-            f"{key}: {file} line {line} holds {type(record).__name__}, not an object; "
-            'write one {"column": value} object a row'
-        )
-
-
-def _csv_rows(file: str, key: str) -> Iterator[tuple[int, str]]:
-    csv.field_size_limit(_CSV_CELL_LIMIT)
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        try:
-            header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise UserError(f"{key}: {file} names a column twice ({', '.join(header)}); rename one")
-            start = reader.line_num + 1
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise UserError(
-                        f"{key}: {file} line {start} has {len(cells)} cells, the header {len(header)}; quote the cells"
-                    )
-                if cells:
-                    yield start, json.dumps(dict(zip(header, cells, strict=True)))
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{key}: {file} line {reader.line_num}: broken CSV ({error}); repair the line") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,65 +5,34 @@ One template serves SFT, rollouts and evaluation; the teacher's manifest names i
 
 from __future__ import annotations
 
-import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from dpr_lightning.data.presets import Message
+from dpr_lightning.data.chat_template import ChatTemplate
+from dpr_lightning.data.chats import Message
+from dpr_lightning.data.prompt_template import (
+    TEMPLATE_KEY,
+    PromptTemplate,
+    TemplateRefusalError,
+    Tools,
+    without_opening,
+)
 from dpr_lightning.errors import UserError
 
-TEMPLATE_KEY = "data.template"
-
-
-class PromptTemplate(ABC):
-    """Renders the messages of a prompt as text."""
-
-    writes_control_tokens: ClassVar[bool]
-    """True where the rendered text spells out control tokens that must be encoded as such."""
-
-    @abstractmethod
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UserError if this template cannot be used with ``tokenizer``."""
-
-    @abstractmethod
-    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-        """Return the text after which the response begins."""
-
-    @abstractmethod
-    def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | None:
-        """Return a chat template for ``tokenizer`` that renders prompts as this one does; None keeps its own.
-
-        Args:
-            tokenizer: The model's.
-            prefix: Text of the special tokens that every prompt begins with, which a chat template has to spell out.
-        """
-
-    @abstractmethod
-    def to_manifest(self) -> dict[str, Any]:
-        """Return plain JSON values from which :func:`template_from_manifest` makes an equal template."""
-
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change whenever the manifest does."""
-        canonical = json.dumps(self.to_manifest(), sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-    @override
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PromptTemplate) and self.to_manifest() == other.to_manifest()
-
-    @override
-    def __hash__(self) -> int:
-        return hash(self.fingerprint())
-
-    @override
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.to_manifest()})"
+__all__ = [
+    "TEMPLATE_KEY",
+    "ChatTemplate",
+    "PromptTemplate",
+    "TemplateRefusalError",
+    "TextTemplate",
+    "special_strings",
+    "template_from_manifest",
+    "without_opening",
+]
 
 
 class TextTemplate(PromptTemplate):
@@ -98,7 +67,7 @@ class TextTemplate(PromptTemplate):
                 )
 
     @override
-    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = None) -> str:
         pieces = []
         for message in messages:
             content = message["content"]
@@ -109,6 +78,10 @@ class TextTemplate(PromptTemplate):
             else:
                 pieces.append(self.prompt.replace("{prompt}", content))
         return "".join(pieces)
+
+    @override
+    def opening(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return self.prompt.split("{prompt}")[1]
 
     @override
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str:
@@ -134,84 +107,6 @@ class TextTemplate(PromptTemplate):
     @override
     def to_manifest(self) -> dict[str, Any]:
         return {"type": "text", "prompt": self.prompt, "system": self.system, "turn_end": self.turn_end}
-
-
-class ChatTemplate(PromptTemplate):
-    """The tokenizer's own chat template, ending where the assistant's turn begins.
-
-    A template without a system role gets the system text at the head of the first user message.
-
-    Args:
-        chat_template: A Jinja template in place of the tokenizer's own.
-        variables: Further template variables, for example ``{"enable_thinking": false}``.
-    """
-
-    writes_control_tokens = True
-
-    def __init__(self, chat_template: str | None = None, variables: Mapping[str, Any] | None = None) -> None:
-        self.chat_template = chat_template
-        self.variables = dict(variables or {})
-
-    @override
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        source = self.chat_template or tokenizer.chat_template
-        if not source:
-            raise UserError(
-                f"{TEMPLATE_KEY}: ChatTemplate, but the tokenizer of {tokenizer.name_or_path or 'this model'} has no "
-                "chat template; use TextTemplate or give chat_template"
-            )
-        if "strftime_now" in str(source) and "date_string" not in self.variables:
-            raise UserError(
-                f"{TEMPLATE_KEY}: the chat template writes today's date, so prompts would change from day to day; "
-                "set variables.date_string"
-            )
-        try:
-            self._apply(tokenizer, [{"role": "user", "content": "probe"}])
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{TEMPLATE_KEY}: the chat template fails on one user message ({error})") from error
-
-    @override
-    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-        conversation = [dict(message) for message in messages]
-        if conversation[0]["role"] == "system" and not self._has_system_role(tokenizer):
-            system = conversation.pop(0)["content"]
-            conversation[0]["content"] = f"{system}\n\n{conversation[0]['content']}"
-        try:
-            return self._apply(tokenizer, conversation)
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{TEMPLATE_KEY}: the chat template refuses the roles {roles} ({error})") from error
-
-    @override
-    def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | None:
-        source = self.chat_template or tokenizer.chat_template
-        if not isinstance(source, str) or (self.chat_template is None and not self.variables):
-            return None
-        values = {name: "none" if value is None else json.dumps(value) for name, value in self.variables.items()}
-        return "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items()) + source
-
-    @override
-    def to_manifest(self) -> dict[str, Any]:
-        return {"type": "chat", "chat_template": self.chat_template, "variables": self.variables}
-
-    def _apply(self, tokenizer: PreTrainedTokenizerBase, conversation: list[Message]) -> str:
-        text = tokenizer.apply_chat_template(
-            conversation,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.variables,
-        )
-        assert isinstance(text, str)
-        return text
-
-    def _has_system_role(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        probe = "systemprobe"
-        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "user"}]
-        try:
-            return probe in self._apply(tokenizer, messages)
-        except jinja2.TemplateError:
-            return False
 
 
 def template_from_manifest(manifest: Mapping[str, Any]) -> PromptTemplate:

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from dpr_lightning.data.presets import Message
-from dpr_lightning.data.templates import PromptTemplate, special_strings
+from dpr_lightning.data.chats import Message
+from dpr_lightning.data.prompt_template import Tools
+from dpr_lightning.data.templates import PromptTemplate, TemplateRefusalError, special_strings
 from dpr_lightning.errors import UserError
 
 _SENTINEL = "\n"
@@ -30,7 +31,10 @@ _PROBES = ("a", "0", "A")
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, conversations: Sequence[Sequence[Message]]
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools] | None = None,
 ) -> list[list[int]]:
     """Return the ids of each prompt, from BOS (where the tokenizer uses one) to where the response begins.
 
@@ -38,11 +42,39 @@ def encode_prompts(
         tokenizer: Any tokenizer of transformers.
         template: Renders messages as text; :meth:`PromptTemplate.check` has passed.
         conversations: Messages of each prompt, none empty.
+        tools: Functions of each, for the template.
+
+    Raises:
+        TemplateRefusalError: The template does not render one of them.
+    """
+    found = try_encode_prompts(tokenizer, template, conversations, tools)
+    for ids in found:
+        if isinstance(ids, TemplateRefusalError):
+            raise ids
+    return [ids for ids in found if not isinstance(ids, TemplateRefusalError)]
+
+
+def try_encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools] | None = None,
+) -> list[list[int] | TemplateRefusalError]:
+    """Return the ids of each prompt, or why the template does not render it.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        template: Renders messages as text.
+        conversations: Messages of each prompt, none empty.
+        tools: Functions of each, for the template.
     """
     prefix = default_prefix(tokenizer)
     if template.writes_control_tokens:
-        chats = _encode_chats(tokenizer, template, conversations)
-        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in chats]
+        chats = _encode_chats(tokenizer, template, conversations, tools or [None] * len(conversations))
+        for i, ids in enumerate(chats):
+            if not isinstance(ids, TemplateRefusalError) and ids[: len(prefix)] != prefix:
+                chats[i] = prefix + ids
+        return chats
     texts = [template.render(tokenizer, messages) for messages in conversations]
     return [prefix + ids for ids in encode_plain(tokenizer, texts)]
 
@@ -161,26 +193,33 @@ def _has_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _encode_chats(
-    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, conversations: Sequence[Sequence[Message]]
-) -> list[list[int]]:
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools],
+) -> list[list[int] | TemplateRefusalError]:
     """Encode rendered chats, control tokens of the template recognised, those in users' text not."""
     pattern = special_pattern(tokenizer)
-    encoded: list[list[int] | None] = [None] * len(conversations)
+    encoded: list[list[int] | TemplateRefusalError] = [[] for _ in conversations]
     clean: dict[int, str] = {}
-    for i, messages in enumerate(conversations):
-        if any(pattern.search(message["content"]) for message in messages):
-            encoded[i] = _encode_hostile_chat(tokenizer, template, messages, pattern)
-        else:
-            clean[i] = template.render(tokenizer, messages)
+    for i, (messages, functions) in enumerate(zip(conversations, tools, strict=True)):
+        try:
+            if any(pattern.search(message["content"]) for message in messages):
+                encoded[i] = _encode_hostile_chat(tokenizer, template, messages, functions, pattern)
+            else:
+                clean[i] = template.render(tokenizer, messages, functions)
+        except TemplateRefusalError as refusal:
+            encoded[i] = refusal
     for i, ids in zip(clean, _encode(tokenizer, list(clean.values()), split_special_tokens=False), strict=True):
         encoded[i] = ids
-    return [ids for ids in encoded if ids is not None]
+    return encoded
 
 
 def _encode_hostile_chat(
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
     messages: Sequence[Message],
+    tools: Tools,
     pattern: re.Pattern[str],
 ) -> list[int]:
     """Encode one chat whose messages spell special tokens out.
@@ -188,6 +227,8 @@ def _encode_hostile_chat(
     Each is replaced by a private-use mark before the template is rendered; the text around the marks is encoded with
     control tokens recognised, and what a mark stands for is encoded without.
     """
+    # Arranged first: system text that moves into a later message would change the order of the marks.
+    messages = template.arrange(tokenizer, messages)
     mark = "\ue000"
     while any(mark in message["content"] for message in messages):
         mark += "\ue001"
@@ -199,10 +240,11 @@ def _encode_hostile_chat(
 
     hidden = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
     # A template may write messages in another order or twice; then marks could not be told apart by their order.
-    pieces = template.render(tokenizer, hidden).split(mark)
+    pieces = template.render(tokenizer, hidden, tools).split(mark)
     if len(pieces) != len(found) + 1:
-        raise UserError(
-            f"data.template: the chat template drops or repeats a message that spells {found[0]!r}; remove it there"
+        raise TemplateRefusalError(
+            f"data.template: the chat template drops or repeats a message that spells {found[0]!r}; remove it there",
+            reason="special token spelt out in a message that the chat template drops or repeats",
         )
     ids = _encode(tokenizer, [pieces[0]], split_special_tokens=False)[0]
     for literal, piece in zip(found, pieces[1:], strict=True):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpr_lightning.analysis.frozen import check_device, taught_template
-from dpr_lightning.data.entries import Entry, read_entries
+from dpr_lightning.data.entries import Entry, read_entries, recorded_columns
 from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.data.tokenization import encode_prompts
 from dpr_lightning.errors import UserError
 from dpr_lightning.generation.parts import Parts
 from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blocks, temperatures_of
+from dpr_lightning.generation.prompts import conversation, encode_first_turns
 from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
 from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
@@ -93,11 +95,12 @@ class Generator:
         turns = [entries[task.entry].turns for task in block.tasks]
         config = dataclasses.replace(self.sampling, temperature=block.temperature)
         for turn in range(max(map(len, turns))):
-            rows = [row for row, asked in enumerate(turns) if turn < len(asked)]
-            prompts = [conversation(turns[row][: turn + 1], found[row]["responses"]) for row in rows]
+            rows = [row for row, said in enumerate(turns) if turn < len(said)]
+            asked = [entries[block.tasks[row].entry] for row in rows]
+            prompts = [conversation(entry, found[row]["responses"]) for entry, row in zip(asked, rows, strict=True)]
             samples = TransformersSampler().sample(
                 self.model,
-                encode_prompts(tokenizer, self.template, prompts),
+                encode_prompts(tokenizer, self.template, prompts, [entry.item.tools for entry in asked]),
                 config=config,
                 eos_token_id=eos_token_id,
                 seed=int(np.random.SeedSequence([self.seed, number, turn]).generate_state(1)[0]),
@@ -113,14 +116,6 @@ class Generator:
         return found
 
 
-def conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """Return the messages of a conversation whose last turn is unanswered."""
-    messages = [{"role": "user", "content": turns[0]}]
-    for answer, turn in zip(answers, turns[1:], strict=True):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-    return messages
-
-
 def generate(parsed: argparse.Namespace, console: Console) -> None:
     """Answer the prompts of ``--prompts`` into ``--out``, unless that was done before.
 
@@ -129,20 +124,20 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
     """
     sampling = _sampling(parsed)
     check_device(parsed.device)
-    entries = read_entries(parsed.prompts, key="--prompts", with_answers=False)
-    if parsed.limit is not None:
-        entries = entries[: parsed.limit]
-    temperatures = temperatures_of(entries, parsed.temperature, _by_category(parsed.category_temperatures))
     try:
         found = find_teacher(parsed.model)
     except UserError as error:
         raise UserError(str(error).replace("model.teacher", "--model")) from error
     backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype)
-    tokenizer = load_tokenizer(found.teacher, backbone)
     manifest = found.manifest if parsed.template_of is None else read_manifest(Path(parsed.template_of))
+    entries = read_entries(parsed.prompts, key="--prompts", with_answers=False, columns=recorded_columns(manifest))
+    if parsed.limit is not None:
+        entries = entries[: parsed.limit]
+    temperatures = temperatures_of(entries, parsed.temperature, _by_category(parsed.category_temperatures))
+    tokenizer = load_tokenizer(found.teacher, backbone)
     template = taught_template(manifest, use_chat_template=parsed.chat)
     template.check(tokenizer)
-    first = encode_prompts(tokenizer, template, [conversation(entry.turns[:1], []) for entry in entries])
+    first = encode_first_turns(entries, tokenizer, template)
     blocks = plan_blocks(
         [len(ids) for ids in first],
         temperatures,
@@ -150,6 +145,8 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         block_size=_BATCHES_A_BLOCK * sampling.batch_size,
     )
     settings = _settings(parsed, sampling, found, tokenizer, template, entries)
+    for note, count in Counter(note for entry in entries for note in entry.item.notes).items():
+        console.print(f"{count} of {len(entries)} rows: {note}", highlight=False, markup=False, soft_wrap=True)
     parts = Parts(parsed.out, settings)
     if parts.is_complete:
         console.print(f"'{parsed.out}' is complete", highlight=False, markup=False, soft_wrap=True)
@@ -248,9 +245,9 @@ def _row(
     row |= {} if entry.id is None else {"id": entry.id}
     row |= {} if entry.category is None else {"category": entry.category}
     if is_single:
-        row |= {"instruction": entry.turns[0], "output": responses[0]}
+        row |= {"instruction": entry.prompt, "output": responses[0]}
     return row | {
-        "prompt": entry.turns[0] if is_single else list(entry.turns),
+        **_prompt_columns(entry),
         "response": responses[0] if is_single else responses,
         "num_tokens": sum(answer["num_tokens"]),
         "is_truncated": any(answer["is_truncated"]),
@@ -258,6 +255,16 @@ def _row(
         "decoding": {**shared["decoding"], "temperature": temperature, "seed": seed},
         "source": dict(entry.row),
     }
+
+
+def _prompt_columns(entry: Entry) -> dict[str, Any]:
+    """Return the prompt in columns that are read as the same prompt again."""
+    *before, last = entry.item.messages
+    tools = {} if entry.item.tools is None else {"tools": list(entry.item.tools)}
+    if len(entry.item.messages) > 2 or last["role"] != "user" or any(turn["role"] != "system" for turn in before):
+        return {"prompt": list(entry.item.messages), **tools}
+    system = {"system": before[0]["content"]} if before else {}
+    return {"prompt": entry.turns[0] if len(entry.turns) == 1 else list(entry.turns), **system, **tools}
 
 
 def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,7 +285,8 @@ def _settings(
     entries: Sequence[Entry],
 ) -> dict[str, Any]:
     """Return all that the rows depend on, as plain JSON values."""
-    text = json.dumps([dict(entry.row) for entry in entries], sort_keys=True, default=str)
+    read = [[dict(entry.row), entry.item.messages, entry.turns, entry.item.tools] for entry in entries]
+    text = json.dumps(read, sort_keys=True, default=str)
     values = {
         "prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
         "num_prompts": len(entries),
