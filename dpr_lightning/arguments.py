@@ -20,6 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.yaml_text import install, load_yaml
+
+# Before any parser is made.
+install()
 
 _MARKED = re.compile("\x00(.*?)\x01(.*?)\x02")
 """A refusal on its way out through nested messages: key below the parser that refused, and what is wrong."""
@@ -144,7 +148,7 @@ class Parser(LightningArgumentParser):
     def _explain_yaml(self, body: str) -> str:
         for path in self._config_files():
             try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8"))
+                config = load_yaml(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 return f"'{path}' is no valid YAML ({_shorten(' '.join(str(error).split()), limit=200)}); repair it"
             if not isinstance(config, dict):
@@ -209,7 +213,7 @@ def _mark(text: str, is_kept: bool) -> str:
     if not is_kept:
         return text
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         return text
     return _VERBATIM + text if value is None or isinstance(value, dict | list) else text
