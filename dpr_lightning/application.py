@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -37,6 +36,7 @@ from dpr_lightning.run_directory import (
     where_to_go_on,
 )
 from dpr_lightning.strategy import FullyShardedStrategy, check_strategy
+from dpr_lightning.yaml_text import load_yaml
 
 _SMALLEST = {
     "logprob_chunk_size": 1,
@@ -97,7 +97,7 @@ class CommandLine(LightningCLI):
             self.while_it_runs.enter_context(locked(run_dir))
         if self.subcommand == "fit" and not config.ckpt_path:
             text = self._parser(self.subcommand).dump(config, skip_none=False)
-            config.ckpt_path = where_to_go_on(run_dir, yaml.safe_load(text))
+            config.ckpt_path = where_to_go_on(run_dir, load_yaml(text))
             self.save_config_kwargs["goes_on"] = config.ckpt_path is not None
         elif config.ckpt_path == "last":
             config.ckpt_path = str(run_dir / CHECKPOINTS)

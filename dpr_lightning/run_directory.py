@@ -17,6 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from dpr_lightning.checkpoints import is_checkpoint, is_first_rank, resumable_in
 from dpr_lightning.errors import RunIsFinished, UserError
 from dpr_lightning.manifest import is_complete, read_json
+from dpr_lightning.yaml_text import load_yaml
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -116,7 +117,7 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
     recorded, record = run_dir / "config.yaml", run_dir / "run.json"
     if not recorded.is_file() or _failed_at_once(run_dir):
         return None
-    before = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
+    before = _recorded(recorded)
     differing = dict(_differing(before, config))
     other = [text for key, text in differing.items() if not _is_below(key, (*_NOT_TRAINING, *_ROUNDING))]
     if other:
@@ -199,6 +200,26 @@ def check_run_dir(run_dir: Path) -> None:
         raise UserError(f"run_dir: '{run_dir}' is no usable path ({error.strerror}); choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run recorded.
+
+    Raises:
+        UserError: The file is none.
+    """
+    try:
+        found = load_yaml(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"run_dir: '{path}' is no valid YAML ({error}); repair it, or choose another --run_dir"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"run_dir: '{path}' holds a {type(found).__name__}, not a mapping of keys to values; repair it, or choose "
+            "another --run_dir"
+        )
+    return found
 
 
 def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -23,6 +23,8 @@ from transformers import (
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
 from dpr_lightning.models.adapters import LoRASettings, find_source, load_adapter, merge
+from dpr_lightning.models.location import is_missing_directory, suggestion
+from dpr_lightning.paths import is_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +72,30 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def locate(name_or_path: str) -> str:
     """Return the path of what ships with the package (``dpr_lightning/...``); anything else as it is."""
     packaged = _PACKAGE.parent / name_or_path
-    is_packaged = Path(name_or_path).parts[:1] == (_PACKAGE.name,) and packaged.is_dir()
+    is_packaged = Path(name_or_path).parts[:1] == (_PACKAGE.name,) and is_directory(packaged)
     return str(packaged) if is_packaged else name_or_path
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not Path(name_or_path).exists() and (Path(name_or_path).is_absolute() or len(Path(name_or_path).parts) > 2):
-        reason = "there is no such directory"
-    return UserError(
-        f"{what} '{name_or_path}' cannot be loaded ({reason}); give a transformers directory or a hub name that this "
-        "machine can reach"
-    )
+    return _refusal(what, name_or_path, reason)
+
+
+def _refusal(what: str, name_or_path: str, reason: str) -> UserError:
+    advice = "give a transformers directory or a hub name that this machine can reach"
+    meant = suggestion(name_or_path) or name_or_path
+    if is_directory(Path(meant) / "final"):
+        # A run holds its model in one of its directories.
+        meant = str(Path(meant) / "final")
+    if meant != name_or_path:
+        advice = f"did you mean '{meant}'?"
+    return UserError(f"{what} '{name_or_path}' cannot be loaded ({reason}); {advice}")
+
+
+def _refuse_missing(what: str, name_or_path: str) -> None:
+    """Refuse at once what can only be a directory and is none: the hub would be tried, for most of a minute."""
+    if is_missing_directory(locate(name_or_path)):
+        raise _refusal(what, name_or_path, "there is no such directory")
 
 
 def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTokenizerBase:
@@ -90,6 +104,7 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
     Raises:
         UserError: It cannot be loaded, or it has no EOS token, without which no response can end.
     """
+    _refuse_missing("tokenizer of", name_or_path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
@@ -103,6 +118,7 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
 
 def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
     """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
+    _refuse_missing("model", name_or_path)
     try:
         return AutoConfig.from_pretrained(
             locate(_whole(name_or_path)), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
@@ -133,6 +149,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     Raises:
         UserError: The weights cannot be loaded, or some of the model's weights are missing from the files.
     """
+    _refuse_missing("model", name_or_path)
     if not is_whole(name_or_path):
         source = find_source(name_or_path)
         assert source.adapter is not None

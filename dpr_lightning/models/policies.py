@@ -37,7 +37,9 @@ from dpr_lightning.models.backbone import (
     load_tokenizer,
     locate,
 )
+from dpr_lightning.models.location import suggestion
 from dpr_lightning.models.parallel import most, shard
+from dpr_lightning.paths import exists, is_directory, is_file
 from dpr_lightning.types import TokenBatch
 
 
@@ -252,7 +254,17 @@ class FrozenPair(FrozenTeacher):
 
 
 def _is_run(directory: Path) -> bool:
-    return (directory / "final").is_dir() or (directory / "config.yaml").is_file()
+    return is_directory(directory / "final") or is_file(directory / "config.yaml")
+
+
+def _meant_run(teacher: str) -> str:
+    """Return the question whether the run around a directory, or one of a similar name, was meant; or nothing."""
+    path = Path(teacher)
+    around = [parent for parent in path.parents if parent != Path() and _is_run(parent)]
+    if exists(path) and around:
+        return f"did you mean '{around[0]}', the run that it lies in? Else "
+    similar = None if exists(path) else suggestion(teacher)
+    return f"did you mean '{similar}'? Else " if similar is not None else ""
 
 
 def find_teacher(teacher: str) -> FrozenTeacher:
@@ -292,9 +304,9 @@ def find_frozen_pair(
     """
     root = Path(teacher)
     if reference is None and not _is_run(root):
-        what = "is not a run of dpr-lightning" if root.exists() else "is no directory here"
+        what = "is not a run of dpr-lightning" if exists(root) else "is no directory here"
         raise UserError(
-            f"model.teacher '{teacher}' {what}, so there is no snapshot to find: "
+            f"model.teacher '{teacher}' {what}, so there is no snapshot to find: {_meant_run(teacher)}"
             "set model.reference to the half-training checkpoint"
         )
     found = find_teacher(teacher)
