@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dpr_lightning.data.ends import response_end, response_ends
 from dpr_lightning.data.templates import ChatTemplate, PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.errors import UserError
 from dpr_lightning.manifest import is_complete
@@ -56,10 +57,8 @@ class FrozenPolicies:
 
     @property
     def eos_token_id(self) -> int:
-        """The id that ends a response."""
-        eos_token_id = self.tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
-        return eos_token_id
+        """The id that closes a demonstrated response."""
+        return response_end(self.tokenizer, self.template)
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,7 +279,7 @@ def sample_teacher(
             teacher.model,
             repeated,
             config=sampling,
-            eos_token_id=policies.eos_token_id,
+            eos_token_id=response_ends(policies.tokenizer, policies.template, teacher.model.generation_config),
             seed=seed,
             on_progress=bar.update,
         )

@@ -35,6 +35,10 @@ class PromptTemplate(ABC):
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
         """Return the text after which the response begins."""
 
+    def render_answered(self, tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+        """Return the text of a question with its answer, closed as the template closes an assistant's turn."""
+        return self.render(tokenizer, [{"role": "user", "content": question}]) + answer
+
     @abstractmethod
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase, *, prefix: str) -> str | None:
         """Return a chat template for ``tokenizer`` that renders prompts as this one does; None keeps its own.
@@ -194,12 +198,19 @@ class ChatTemplate(PromptTemplate):
     def to_manifest(self) -> dict[str, Any]:
         return {"type": "chat", "chat_template": self.chat_template, "variables": self.variables}
 
-    def _apply(self, tokenizer: PreTrainedTokenizerBase, conversation: list[Message]) -> str:
+    @override
+    def render_answered(self, tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self._apply(tokenizer, messages, is_answered=True)
+
+    def _apply(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: list[Message], *, is_answered: bool = False
+    ) -> str:
         text = tokenizer.apply_chat_template(
             conversation,
             chat_template=self.chat_template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not is_answered,
             **self.variables,
         )
         assert isinstance(text, str)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpr_lightning.analysis.frozen import check_device, taught_template
+from dpr_lightning.data.ends import decode_response, response_ends
 from dpr_lightning.data.entries import Entry, read_entries
 from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.data.tokenization import encode_prompts
@@ -87,8 +88,7 @@ class Generator:
             bar: Is moved on by every response.
         """
         tokenizer = self.tokenizer
-        eos_token_id = tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
+        ends = response_ends(tokenizer, self.template, self.model.generation_config)
         found: list[dict[str, Any]] = [{"responses": [], "num_tokens": [], "is_truncated": []} for _ in block.tasks]
         turns = [entries[task.entry].turns for task in block.tasks]
         config = dataclasses.replace(self.sampling, temperature=block.temperature)
@@ -99,11 +99,11 @@ class Generator:
                 self.model,
                 encode_prompts(tokenizer, self.template, prompts),
                 config=config,
-                eos_token_id=eos_token_id,
+                eos_token_id=ends,
                 seed=int(np.random.SeedSequence([self.seed, number, turn]).generate_state(1)[0]),
                 on_progress=bar.update,
             )
-            texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
+            texts = [decode_response(tokenizer, ids, ends) for ids in samples.response_ids]
             for row, text, ids, is_truncated in zip(
                 rows, texts, samples.response_ids, samples.is_truncated, strict=True
             ):

@@ -223,7 +223,7 @@ def disable_dropout(model: nn.Module) -> None:
 def lm_head(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LMHead:
     """Return the output layer of ``model``: weight [V, D], bias, and what its family does to the logits after it.
 
-    In ``dtype``, that of hidden states, which under autocast is not the weights' own; None keeps theirs.
+    The weight is in ``dtype``, that of hidden states, which under autocast is not its own; None keeps it.
 
     Softcapping is Gemma 2's ``final_logit_softcapping``; ``logit_scale`` is Cohere's, ``logits_scaling`` Granite's.
     """
@@ -236,7 +236,7 @@ def lm_head(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LMHe
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return LMHead(
         weight_VD=layer.weight if dtype is None else layer.weight.to(dtype),
-        bias_V=layer.bias if dtype is None or layer.bias is None else layer.bias.to(dtype),
+        bias_V=layer.bias,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=float(scale),
     )
@@ -254,7 +254,14 @@ def check_lm_head(model: PreTrainedModel) -> None:
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     ids_BT = torch.arange(1, 5, device=model.device).unsqueeze(0) % vocabulary
-    hidden_BTD: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+    hidden_BTD: Tensor | None = getattr(
+        model.get_decoder()(input_ids=ids_BT, use_cache=False), "last_hidden_state", None
+    )
+    if hidden_BTD is None:
+        raise UserError(
+            f"{type(model).__name__} does not say which of its parts is the decoder, so its hidden states cannot be "
+            "read; this family is not supported"
+        )
     ours = lm_head(model).logits(hidden_BTD[0])
     theirs = model(input_ids=ids_BT, use_cache=False).logits[0].float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1

@@ -19,8 +19,10 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
 
+from dpr_lightning.data.ends import decode_response, response_ends
 from dpr_lightning.data.loader import data_parallel_rank
 from dpr_lightning.data.prompts import PromptBatch
+from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.errors import NonFiniteError, UserError
 from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
 from dpr_lightning.evaluation.verifiers import Verifier
@@ -96,6 +98,7 @@ class CausalLMModule(LightningModule):
         # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
         self.__dict__["frozen"] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._response_ends: int | list[int] | None = None
         self._step_metrics: dict[str, Tensor] = {}
         self._random_states: list[dict[str, Any]] | None = None
         """Every rank's, of the checkpoint that the run resumes from, until training starts."""
@@ -135,6 +138,9 @@ class CausalLMModule(LightningModule):
             # It was there for ``predict``, which needs no other.
             return
         self.policy = policy
+        if self.draws_responses and hasattr(self.sampler, "check_model"):
+            # Before weights are sharded, and not after the first epoch.
+            self.sampler.check_model(policy.model)
         model, num_trained = policy.model, sum(parameter.numel() for parameter in self.actor_parameters())
         rank_zero_info(
             f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
@@ -158,6 +164,11 @@ class CausalLMModule(LightningModule):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = self.make_schedule(optimizer, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def draws_responses(self) -> bool:
+        """Whether this stage samples from the policy."""
+        return bool(self.response_metrics) or self.trainer.state.fn == "predict"
 
     def frozen_sources(self) -> dict[str, str]:
         """Return where each policy lies that this stage needs and never trains, by name."""
@@ -333,21 +344,29 @@ class CausalLMModule(LightningModule):
 
     def sample(self, prompts: list[list[int]], config: SamplingConfig, *, seed: int, **kwargs: Any) -> Samples:
         """Draw one response per prompt from the current weights, in the Trainer's precision."""
-        eos_token_id = self.tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
         # A sampler with weights of its own takes them over one by one.
         has_own_weights = getattr(self.sampler, "has_own_weights", False)
         weights = nullcontext() if has_own_weights else gathered(self.actor)
         with self.trainer.precision_plugin.forward_context(), weights:
             return self.sampler.sample(
-                self.actor.model, prompts, config=config, eos_token_id=eos_token_id, seed=seed, **kwargs
+                self.actor.model, prompts, config=config, eos_token_id=self.response_ends, seed=seed, **kwargs
             )
 
+    @property
+    def response_ends(self) -> int | list[int]:
+        """All ids that end a response: of the tokenizer, the chat template and the model's generation config."""
+        if self._response_ends is None:
+            generation_config = None if self.policy is None else self.policy.model.generation_config
+            self._response_ends = response_ends(self.tokenizer, self._template, generation_config)
+        return self._response_ends
+
+    @property
+    def _template(self) -> PromptTemplate | None:
+        return getattr(getattr(self._trainer, "datamodule", None), "template", None)
+
     def decode(self, response_ids: list[int]) -> str:
-        """Return the text of a response, without its EOS."""
-        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+        """Return the text of a response, without its end."""
+        return decode_response(self.tokenizer, response_ids, self.response_ends)
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -411,7 +430,7 @@ class CausalLMModule(LightningModule):
         return Export(
             model=self.actor.model,
             tokenizer=self.tokenizer,
-            template=getattr(self.trainer.datamodule, "template", None),  # type: ignore[attr-defined]
+            template=self._template,
             base=None if self.backbone.lora is None else locate(find_source(self.initial_weights).base),
         )
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpr_lightning.data.ends import response_ends
 from dpr_lightning.data.templates import PromptTemplate
-from dpr_lightning.data.tokenization import eos_id, pad_id, with_template
+from dpr_lightning.data.tokenization import pad_id, with_template
 from dpr_lightning.models.adapters import ACTOR, FOLDER, adapter_names, merged_state, save_adapter, save_plain
 from dpr_lightning.models.parallel import full_state_dict
 
@@ -49,13 +50,9 @@ class Export:
     @property
     def generation_config(self) -> GenerationConfig:
         """How others are to generate: no settings but the ends, that of the demonstrations and those of the model."""
-        found = getattr(self.model.generation_config, "eos_token_id", None)
-        own = eos_id(self.tokenizer)
-        others = found if isinstance(found, list) else [found]
-        ends = [own, *(end for end in others if isinstance(end, int) and end != own)]
         return GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=ends if len(ends) > 1 else own,
+            eos_token_id=response_ends(self.tokenizer, self.template, self.model.generation_config),
             pad_token_id=pad_id(self.tokenizer),
         )
 

@@ -66,6 +66,11 @@ class OnPolicyModule(CausalLMModule):
         """What the teacher's run recorded of its data and template; None for another trainer's model."""
         return self.found_teacher.manifest
 
+    @property
+    @override
+    def draws_responses(self) -> bool:
+        return True
+
     @override
     def frozen_sources(self) -> dict[str, str]:
         return {} if self.trainer.state.fn == "predict" else self.scoring_sources
