@@ -357,15 +357,17 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _check_lengths(self, stage: str) -> None:
-        """Let a sampler that cannot hold every sequence refuse before weights are loaded."""
+        """Let model and sampler refuse sequences that are too long for them before weights are loaded."""
         sampler = self.module.sampler
-        if not isinstance(sampler, BoundedSampler):
-            return
         for split, prompts in self.prompts.items():
-            if split != "train":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.module.decoding.max_new_tokens)
-            elif stage == "fit":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.sampling.max_new_tokens)
+            if split == "train" and stage != "fit":
+                continue
+            decoding = self.sampling if split == "train" else self.module.decoding
+            longest = int(prompts.encoded.prompt_lengths.max())
+            key = "data.sampling" if split == "train" else "model.decoding"
+            self.module.check_row_length(longest + decoding.max_new_tokens, f"{key}.max_new_tokens")
+            if isinstance(sampler, BoundedSampler):
+                sampler.check_length(longest, decoding.max_new_tokens)
 
     def _check_num_prompts(self) -> None:
         num_prompts = len(self.prompts["train"])

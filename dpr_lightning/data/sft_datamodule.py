@@ -132,6 +132,7 @@ class SFTDataModule(LightningDataModule):
                 self.trainer, global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size
             )
         self._encode(_STAGE_SPLITS[stage])
+        self._check_lengths()
         if stage == "fit" and self.drop_last and len(self.encoded["train"]) < self.global_batch_size:
             raise UserError(
                 f"data.global_batch_size: {self.global_batch_size} is more than the {len(self.encoded['train'])} "
@@ -144,6 +145,14 @@ class SFTDataModule(LightningDataModule):
         needed = _STAGE_SPLITS[stage][0]
         if needed not in self.encoded and not (stage != "fit" and self._has_metric_prompts):
             raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
+
+    def _check_lengths(self) -> None:
+        """Let the model refuse rows that are too long for its positions before weights are loaded."""
+        assert self.trainer is not None
+        check = getattr(self.trainer.lightning_module, "check_row_length", None)
+        for encoded in self.encoded.values() if check is not None else ():
+            lengths = encoded.prompt_lengths + encoded.response_lengths
+            check(int(lengths.max()), f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
 
     @override
     def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:

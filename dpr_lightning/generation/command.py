@@ -30,6 +30,7 @@ from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blo
 from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
 from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
+from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import SamplingConfig
 
@@ -189,7 +190,9 @@ def _beyond_positions(
     found: FrozenTeacher, backbone: BackboneConfig, lengths: Sequence[int], max_new_tokens: int
 ) -> int:
     """Return how many prompts leave less room than an answer may take (of the first turn)."""
-    limit = getattr(load_config(found.teacher, backbone).get_text_config(), "max_position_embeddings", None)
+    config = load_config(found.teacher, backbone)
+    check_row_length(max(lengths, default=0) + max_new_tokens, config, "--max_new_tokens")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return 0 if limit is None else sum(length + max_new_tokens > limit for length in lengths)
 
 

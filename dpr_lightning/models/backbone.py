@@ -23,6 +23,7 @@ from transformers import (
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
 from dpr_lightning.models.adapters import LoRASettings, find_source, load_adapter, merge
+from dpr_lightning.models.positions import guard_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +179,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             # such a CPU, for good: the policy would be another after its first rollout.
             module.support_avx512bf16_for_cpu = False
     disable_dropout(model)
+    guard_positions(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)

@@ -29,10 +29,11 @@ from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
+from dpr_lightning.models.backbone import BackboneConfig, load_config, load_tokenizer, locate
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
+from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.modules.export import Export
 from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
 from dpr_lightning.rollout.sampler import Sampler, Samples
@@ -168,7 +169,11 @@ class CausalLMModule(LightningModule):
     @property
     def draws_responses(self) -> bool:
         """Whether this stage samples from the policy."""
-        return bool(self.response_metrics) or self.trainer.state.fn == "predict"
+        return bool(self.response_metrics) or (self._trainer is not None and self.trainer.state.fn == "predict")
+
+    def check_row_length(self, num_tokens: int, settings: str) -> None:
+        """Refuse rows that the model's position encoding does not encode alike in every batch, before weights load."""
+        check_row_length(num_tokens, load_config(self.initial_weights, self.backbone), settings)
 
     def frozen_sources(self) -> dict[str, str]:
         """Return where each policy lies that this stage needs and never trains, by name."""
