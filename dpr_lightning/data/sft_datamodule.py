@@ -149,8 +149,10 @@ class SFTDataModule(LightningDataModule):
     def _check_lengths(self) -> None:
         """Let the model refuse rows that are too long for its positions before weights are loaded."""
         assert self.trainer is not None
-        check = getattr(self.trainer.lightning_module, "check_row_length", None)
-        for encoded in self.encoded.values() if check is not None else ():
+        check: Any = getattr(self.trainer.lightning_module, "check_row_length", None)
+        if check is None:
+            return
+        for encoded in self.encoded.values():
             lengths = encoded.prompt_lengths + encoded.response_lengths
             check(int(lengths.max()), f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
 

@@ -62,6 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--chat", action="store_true", help="use the tokenizer's chat template; a run brings its own")
     group.add_argument("--template_of", help="directory whose recorded prompt template is used in place of the model's")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     group.add_argument("--batch_size", type=int, default=64, help="prompts decoded together")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +139,7 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         found = find_teacher(parsed.model)
     except UserError as error:
         raise UserError(str(error).replace("model.teacher", "--model")) from error
-    backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype)
+    backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype, revision=parsed.revision)
     tokenizer = load_tokenizer(found.teacher, backbone)
     manifest = found.manifest if parsed.template_of is None else read_manifest(Path(parsed.template_of))
     template = taught_template(manifest, use_chat_template=parsed.chat)
@@ -293,6 +294,8 @@ def _settings(
         **dataclasses.asdict(sampling),
         **{name: getattr(parsed, name) for name in ("num_samples", "seed", "dtype", "device")},
     }
+    if parsed.revision is not None:
+        values["revision"] = parsed.revision
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 

@@ -75,6 +75,8 @@ class Source:
     """Transformers directory or hub name of a whole model."""
     adapter: Path | None
     """Directory of the adapter on it; None where the base is the policy."""
+    revision: str | None = None
+    """Revision of the base that the adapter was trained on, where it is recorded."""
 
 
 def find_source(name_or_path: str) -> Source:
@@ -96,7 +98,8 @@ def find_source(name_or_path: str) -> Source:
                     f"'{adapter / _CONFIG}' is of type {config.get('peft_type')} on base {base!r}; only LoRA adapters "
                     "that name their base are understood. Merge it with peft, and give the merged model"
                 )
-            return Source(base, adapter)
+            revision = config.get("revision")
+            return Source(base, adapter, revision if isinstance(revision, str) else None)
     return Source(name_or_path, None)
 
 
@@ -241,7 +244,15 @@ def lora_rank(model: PreTrainedModel, name: str) -> int:
     return _config(model, name).r
 
 
-def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    name: str,
+    state: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    base: str,
+    revision: str | None = None,
+) -> None:
     """Write one adapter in peft's format, which transformers and peft load by themselves.
 
     Args:
@@ -250,15 +261,16 @@ def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor],
         state: The model's weights by name, whole; the adapter's are enough.
         directory: Made when needed.
         base: Where its base lies, for those who load it.
+        revision: Of the base; None is the hub's default.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(model, name)
-    before = config.base_model_name_or_path, config.inference_mode
-    config.base_model_name_or_path, config.inference_mode = base, True
+    before = config.base_model_name_or_path, config.revision, config.inference_mode
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     try:
         config.save_pretrained(str(directory))
     finally:
-        config.base_model_name_or_path, config.inference_mode = before
+        config.base_model_name_or_path, config.revision, config.inference_mode = before
     weights = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
     save_file(
         {_PREFIX + key: value.detach().cpu().contiguous() for key, value in weights.items()},

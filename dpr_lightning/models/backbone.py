@@ -22,7 +22,7 @@ from transformers import (
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
-from dpr_lightning.models.adapters import LoRASettings, find_source, load_adapter, merge
+from dpr_lightning.models.adapters import LoRASettings, Source, find_source, load_adapter, merge
 from dpr_lightning.models.positions import guard_positions
 
 
@@ -104,17 +104,31 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
 
 def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
     """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
+    if not is_whole(name_or_path):
+        source = find_source(name_or_path)
+        return load_config(source.base, of_base(source, backbone))
     try:
         return AutoConfig.from_pretrained(
-            locate(_whole(name_or_path)), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise _explain("model", name_or_path, error) from error
 
 
-def _whole(name_or_path: str) -> str:
-    """Return where the whole model lies: the base, where ``name_or_path`` is an adapter alone."""
-    return name_or_path if is_whole(name_or_path) else find_source(name_or_path).base
+def of_base(source: Source, backbone: BackboneConfig) -> BackboneConfig:
+    """Return how an adapter's base is loaded: at the revision that the adapter records, if it records one.
+
+    Raises:
+        UserError: ``backbone`` asks for another revision.
+    """
+    if source.revision is None or Path(locate(source.base)).is_dir():
+        return backbone
+    if backbone.revision not in (None, source.revision):
+        raise UserError(
+            f"model.backbone.revision: found '{backbone.revision}', but the adapter '{source.adapter}' was trained on "
+            f"revision '{source.revision}' of '{source.base}'; leave it out"
+        )
+    return dataclasses.replace(backbone, revision=source.revision)
 
 
 def is_whole(name_or_path: str) -> bool:
@@ -137,7 +151,7 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     if not is_whole(name_or_path):
         source = find_source(name_or_path)
         assert source.adapter is not None
-        model = load_model(source.base, backbone)
+        model = load_model(source.base, of_base(source, backbone))
         load_adapter(model, "merged", source.adapter)
         return merge(model, "merged")
     config = load_config(name_or_path, backbone)

@@ -34,6 +34,7 @@ from dpr_lightning.models.backbone import (
     load_model,
     load_tokenizer,
     locate,
+    of_base,
 )
 from dpr_lightning.models.parallel import most, shard
 from dpr_lightning.types import TokenBatch
@@ -200,7 +201,8 @@ def load_policies(
         loaded = {name: load_policy(source, backbone, chunk_size=chunk_size) for name, source in frozen.items()}
         return actor, {name: policy.freeze() for name, policy in loaded.items()}
     source = find_source(trained)
-    actor = load_policy(source.base, backbone, chunk_size=chunk_size)
+    on_base = of_base(source, backbone)
+    actor = load_policy(source.base, on_base, chunk_size=chunk_size)
     if source.adapter is None:
         add_adapter(actor.model, ACTOR, backbone.lora)
     else:
@@ -208,7 +210,8 @@ def load_policies(
     policies: dict[str, CausalPolicy] = {}
     for name, where in frozen.items():
         found = find_source(where)
-        if locate(found.base) != locate(source.base):
+        is_same_revision = of_base(found, backbone).revision == on_base.revision
+        if locate(found.base) != locate(source.base) or not is_same_revision:
             if backbone.quantization is not None:
                 raise UserError(
                     f"model.backbone.quantization: the {name} '{where}' stands on '{found.base}', the trained policy "

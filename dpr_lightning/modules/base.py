@@ -29,7 +29,7 @@ from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_config, load_tokenizer, locate
+from dpr_lightning.models.backbone import BackboneConfig, load_config, load_tokenizer, locate, of_base
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
@@ -437,13 +437,20 @@ class CausalLMModule(LightningModule):
             tokenizer=self.tokenizer,
             template=self._template,
             base=None if self.backbone.lora is None else locate(find_source(self.initial_weights).base),
+            revision=self._revision,
         )
+
+    @property
+    def _revision(self) -> str | None:
+        """Of the model on the hub that was trained, or that carries the adapter."""
+        return of_base(find_source(self.initial_weights), self.backbone).revision
 
     def model_manifest(self) -> dict[str, Any]:
         """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""
         describe = getattr(self.trainer.datamodule, "data_manifest", None)  # type: ignore[attr-defined]
         return {
             "initial_weights": self.initial_weights,
+            "revision": self._revision,
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "data": describe() if describe is not None else None,
         }

@@ -24,6 +24,8 @@ class Export:
     """Of the prompts that the model was trained on, which becomes the tokenizer's chat template; None leaves that."""
     base: str | None
     """Directory or hub name of the base of an adapter; None where all weights were trained."""
+    revision: str | None = None
+    """Of the base."""
 
     def save_model(self, directory: Path, *, is_writer: bool) -> None:
         """Write a transformers directory (safetensors); an adapter is merged, and lies in ``adapter/`` too."""
@@ -34,7 +36,7 @@ class Export:
             save_plain(self.model, state, directory, self.generation_config)
         else:
             save_plain(self.model, merged_state(self.model, ACTOR, state), directory, self.generation_config)
-            save_adapter(self.model, ACTOR, state, directory / FOLDER, base=self.base)
+            save_adapter(self.model, ACTOR, state, directory / FOLDER, base=self.base, revision=self.revision)
         self._save_tokenizer(directory)
 
     def save_snapshot(self, directory: Path, *, is_writer: bool) -> None:
@@ -44,7 +46,7 @@ class Export:
             return
         state = full_state_dict(self.model, is_writer=is_writer, only=adapter_names(self.model, ACTOR))
         if is_writer:
-            save_adapter(self.model, ACTOR, state, directory, base=self.base)
+            save_adapter(self.model, ACTOR, state, directory, base=self.base, revision=self.revision)
             self._save_tokenizer(directory)
 
     @property
