@@ -278,9 +278,9 @@ def check_lm_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not say which of its parts is the decoder, so its hidden states cannot be "
             "read; this family is not supported"
         )
-    ours = lm_head(model).logits(hidden_BTD[0])
+    ours = lm_head(model).logits(hidden_BTD[0]).float()
     theirs = model(input_ids=ids_BT, use_cache=False).logits[0].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()):
         raise UserError(
             f"{type(model).__name__} changes its logits after the output layer in a way that dpr-lightning does not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,6 +37,7 @@ from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_poli
 from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.modules.export import Export
 from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
+from dpr_lightning.precision import replace_precision_plugin, weights_dtype
 from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.run_directory import RunLogger
@@ -125,12 +127,22 @@ class CausalLMModule(LightningModule):
         assert self.policy is not None, "configure_model has not run"
         return self.policy
 
+    @property
+    def loading(self) -> BackboneConfig:
+        """How weights are loaded: as ``backbone`` says, in the Trainer's type where it names one for all weights."""
+        dtype: Any = None if self._trainer is None else weights_dtype(self._trainer.precision)
+        return self.backbone if dtype is None else dataclasses.replace(self.backbone, dtype=dtype)
+
+    @override
+    def setup(self, stage: str) -> None:
+        replace_precision_plugin(self.trainer)
+
     @override
     def configure_model(self) -> None:
         sources = self.frozen_sources()
         if self.policy is not None and sources.keys() <= self.frozen.keys():
             return
-        policy, frozen = load_policies(self.initial_weights, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        policy, frozen = load_policies(self.initial_weights, sources, self.loading, chunk_size=self.logprob_chunk_size)
         for other in frozen.values():
             if not isinstance(other, AdapterPolicy):
                 self.shard(other, offload=getattr(self, "offload_frozen", False))

@@ -118,6 +118,7 @@ class DPRModule(OnPolicyModule):
 
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage != "fit":
             return
         if self.returns.needs_expected_reward and not isinstance(self.reward, DenseReward):

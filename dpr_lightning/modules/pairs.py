@@ -55,6 +55,7 @@ class PairModule(OnPolicyModule):
 
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage != "fit" or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         max_epochs = self.trainer.max_epochs
