@@ -365,7 +365,8 @@ class RolloutDataModule(LightningDataModule):
             decoding = self.sampling if split == "train" else self.module.decoding
             longest = int(prompts.encoded.prompt_lengths.max())
             key = "data.sampling" if split == "train" else "model.decoding"
-            self.module.check_row_length(longest + decoding.max_new_tokens, f"{key}.max_new_tokens")
+            largest_id = int(prompts.encoded.prompt_flat.max())
+            self.module.check_rows(longest + decoding.max_new_tokens, largest_id, f"{key}.max_new_tokens")
             if isinstance(sampler, BoundedSampler):
                 sampler.check_length(longest, decoding.max_new_tokens)
 

@@ -147,14 +147,15 @@ class SFTDataModule(LightningDataModule):
             raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
 
     def _check_lengths(self) -> None:
-        """Let the model refuse rows that are too long for its positions before weights are loaded."""
+        """Let the model refuse rows that it cannot read before weights are loaded."""
         assert self.trainer is not None
-        check: Any = getattr(self.trainer.lightning_module, "check_row_length", None)
+        check: Any = getattr(self.trainer.lightning_module, "check_rows", None)
         if check is None:
             return
         for encoded in self.encoded.values():
             lengths = encoded.prompt_lengths + encoded.response_lengths
-            check(int(lengths.max()), f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
+            largest_id = max(int(encoded.prompt_flat.max()), int(encoded.response_flat.max()))
+            check(int(lengths.max()), largest_id, f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
 
     @override
     def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:

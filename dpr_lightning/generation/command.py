@@ -28,7 +28,7 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.generation.parts import Parts
 from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blocks, temperatures_of
 from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
-from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
+from dpr_lightning.models.backbone import BackboneConfig, check_token_ids, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
 from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
@@ -156,6 +156,7 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
     if parts.is_complete:
         console.print(f"'{parsed.out}' is complete", highlight=False, markup=False, soft_wrap=True)
         return
+    check_token_ids(max(max(ids) for ids in first), load_config(found.teacher, backbone), "the tokenizer")
     num_beyond = _beyond_positions(found, backbone, [len(ids) for ids in first], sampling.max_new_tokens)
     if num_beyond:
         console.print(

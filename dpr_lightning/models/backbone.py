@@ -76,7 +76,9 @@ def locate(name_or_path: str) -> str:
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    # Validation errors name the value in their second line.
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
     if not Path(name_or_path).exists() and (Path(name_or_path).is_absolute() or len(Path(name_or_path).parts) > 2):
         reason = "there is no such directory"
     return UserError(
@@ -95,7 +97,7 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise _explain("tokenizer of", name_or_path, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of '{name_or_path}' has no eos_token; set one in its tokenizer_config.json")
@@ -111,7 +113,8 @@ def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
         return AutoConfig.from_pretrained(
             locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A value that an architecture refuses ends in an error of huggingface_hub's own.
         raise _explain("model", name_or_path, error) from error
 
 
@@ -175,9 +178,20 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             quantization_config=_quantization(backbone),
             output_loading_info=True,
             key_mapping=key_mapping,
+            # Refused below, where the weight is named.
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Readers of weight files (safetensors, pickle, zip) have errors of their own for what is damaged.
         raise _explain("model", name_or_path, error) from error
+    if report["mismatched_keys"]:
+        name, in_file, needed = sorted(report["mismatched_keys"], key=str)[0]
+        raise UserError(
+            f"model '{name_or_path}': weight {name} has shape {list(in_file)}, but its config.json makes it "
+            f"{list(needed)}; the two are of different models: copy them again"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -192,12 +206,45 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             # bitsandbytes rounds the scales of a layer in 4 bits further the first time that it runs in eval mode on
             # such a CPU, for good: the policy would be another after its first rollout.
             module.support_avx512bf16_for_cpu = False
+    _refuse_non_finite(model, name_or_path)
     disable_dropout(model)
     guard_positions(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@torch.no_grad()
+def _refuse_non_finite(model: PreTrainedModel, name_or_path: str) -> None:
+    for name, weight in model.named_parameters():
+        # One sum tells of most that they are finite; where it overflows, each is asked.
+        is_suspect = weight.is_floating_point() and not bool(weight.sum(dtype=torch.float32).isfinite())
+        if is_suspect and not bool(weight.isfinite().all()):
+            num_bad = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"model '{name_or_path}': weight {name} has {num_bad} entries that are NaN or infinite; its training "
+                "broke down or its file is damaged: take an earlier checkpoint"
+            )
+
+
+def check_token_ids(largest_id: int, config: Any, what: str) -> None:
+    """Refuse ids that the model has no embedding for, before weights are loaded.
+
+    Args:
+        largest_id: Of those that are used.
+        config: The model's configuration.
+        what: Whose ids they are.
+
+    Raises:
+        UserError: ``largest_id`` is not below the number of rows.
+    """
+    num_rows = config.get_text_config().vocab_size
+    if largest_id >= num_rows:
+        raise UserError(
+            f"{what} has token id {largest_id}, but the model's embedding has {num_rows} rows; take the tokenizer that "
+            "belongs to the model, or resize its embedding (model.resize_token_embeddings)"
+        )
 
 
 def _text_class(config: Any) -> type[PreTrainedModel] | None:

@@ -29,6 +29,7 @@ from dpr_lightning.models.adapters import (
 from dpr_lightning.models.backbone import (
     BackboneConfig,
     check_lm_head,
+    check_token_ids,
     lm_head,
     load_config,
     load_model,
@@ -342,4 +343,8 @@ def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
 
 
 def _tokenizer_and_size(name: str, backbone: BackboneConfig) -> tuple[PreTrainedTokenizerBase, int]:
-    return load_tokenizer(name, backbone), load_config(name, backbone).get_text_config().vocab_size
+    tokenizer, config = load_tokenizer(name, backbone), load_config(name, backbone)
+    # Tokens that were added and are never used may lie beyond the embedding, as Gemma 3's of images do.
+    named = [tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    check_token_ids(max(named), config, f"the tokenizer of '{name}'")
+    return tokenizer, config.get_text_config().vocab_size

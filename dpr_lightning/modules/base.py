@@ -30,7 +30,7 @@ from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_config, load_tokenizer, locate, of_base
+from dpr_lightning.models.backbone import BackboneConfig, check_token_ids, load_config, load_tokenizer, locate, of_base
 from dpr_lightning.models.critic import ValueModel
 from dpr_lightning.models.parallel import gathered, whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
@@ -42,7 +42,7 @@ from dpr_lightning.rollout.sampler import Sampler, Samples
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.run_directory import RunLogger
 from dpr_lightning.strategy import FullyShardedStrategy
-from dpr_lightning.types import SamplingConfig, TokenBatch
+from dpr_lightning.types import SamplingConfig, TokenBatch, as_ends
 
 
 class CausalLMModule(LightningModule):
@@ -183,9 +183,12 @@ class CausalLMModule(LightningModule):
         """Whether this stage samples from the policy."""
         return bool(self.response_metrics) or (self._trainer is not None and self.trainer.state.fn == "predict")
 
-    def check_row_length(self, num_tokens: int, settings: str) -> None:
-        """Refuse rows that the model's position encoding does not encode alike in every batch, before weights load."""
-        check_row_length(num_tokens, load_config(self.initial_weights, self.backbone), settings)
+    def check_rows(self, num_tokens: int, largest_id: int, settings: str) -> None:
+        """Refuse rows that the model cannot read, before weights load: too long for its positions, or unknown ids."""
+        config = load_config(self.initial_weights, self.backbone)
+        ends = as_ends(self.response_ends)
+        check_token_ids(max(largest_id, *ends, 0), config, f"the tokenizer of '{self.initial_weights}'")
+        check_row_length(num_tokens, config, settings)
 
     def frozen_sources(self) -> dict[str, str]:
         """Return where each policy lies that this stage needs and never trains, by name."""
