@@ -375,9 +375,11 @@ class CausalLMModule(LightningModule):
     @property
     def response_ends(self) -> int | list[int]:
         """All ids that end a response: of the tokenizer, the chat template and the model's generation config."""
+        if self.policy is None:
+            # The model's own are not known before it is loaded.
+            return response_ends(self.tokenizer, self._template)
         if self._response_ends is None:
-            generation_config = None if self.policy is None else self.policy.model.generation_config
-            self._response_ends = response_ends(self.tokenizer, self._template, generation_config)
+            self._response_ends = response_ends(self.tokenizer, self._template, self.policy.model.generation_config)
         return self._response_ends
 
     @property
