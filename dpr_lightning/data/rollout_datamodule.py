@@ -358,7 +358,7 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _check_lengths(self, stage: str) -> None:
-        """Before weights load, warn of rollouts beyond the model's positions; let a sampler refuse what is too long."""
+        """Before weights load, let model and sampler refuse what is too long for them, and warn of what may be."""
         if stage == "fit":
             warn_beyond_positions(
                 self.prompts["train"].encoded.prompt_lengths + self.sampling.max_new_tokens,
@@ -367,13 +367,16 @@ class RolloutDataModule(LightningDataModule):
                 advice="lower data.sampling.max_new_tokens or data.demonstrations.max_prompt_tokens",
             )
         sampler = self.module.sampler
-        if not isinstance(sampler, BoundedSampler):
-            return
         for split, prompts in self.prompts.items():
-            if split != "train":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.module.decoding.max_new_tokens)
-            elif stage == "fit":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.sampling.max_new_tokens)
+            if split == "train" and stage != "fit":
+                continue
+            decoding = self.sampling if split == "train" else self.module.decoding
+            longest = int(prompts.encoded.prompt_lengths.max())
+            key = "data.sampling" if split == "train" else "model.decoding"
+            largest_id = int(prompts.encoded.prompt_flat.max())
+            self.module.check_rows(longest + decoding.max_new_tokens, largest_id, f"{key}.max_new_tokens")
+            if isinstance(sampler, BoundedSampler):
+                sampler.check_length(longest, decoding.max_new_tokens)
 
     def _check_num_prompts(self) -> None:
         num_prompts = len(self.prompts["train"])

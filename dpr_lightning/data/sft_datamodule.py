@@ -136,6 +136,7 @@ class SFTDataModule(LightningDataModule):
                 self.trainer, global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size
             )
         self._encode(_STAGE_SPLITS[stage])
+        self._check_lengths()
         if stage == "fit":
             self._warn_of_template()
             self._warn_of_positions()
@@ -151,6 +152,17 @@ class SFTDataModule(LightningDataModule):
         needed = _STAGE_SPLITS[stage][0]
         if needed not in self.encoded and not (stage != "fit" and self._has_metric_prompts):
             raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
+
+    def _check_lengths(self) -> None:
+        """Let the model refuse rows that it cannot read before weights are loaded."""
+        assert self.trainer is not None
+        check: Any = getattr(self.trainer.lightning_module, "check_rows", None)
+        if check is None:
+            return
+        for encoded in self.encoded.values():
+            lengths = encoded.prompt_lengths + encoded.response_lengths
+            largest_id = max(int(encoded.prompt_flat.max()), int(encoded.response_flat.max()))
+            check(int(lengths.max()), largest_id, f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
 
     @override
     def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:

@@ -31,11 +31,13 @@ from dpr_lightning.models.adapters import (
 from dpr_lightning.models.backbone import (
     BackboneConfig,
     check_lm_head,
+    check_token_ids,
     lm_head,
     load_config,
     load_model,
     load_tokenizer,
     locate,
+    of_base,
 )
 from dpr_lightning.models.location import suggestion
 from dpr_lightning.models.parallel import most, shard
@@ -204,7 +206,8 @@ def load_policies(
         loaded = {name: load_policy(source, backbone, chunk_size=chunk_size) for name, source in frozen.items()}
         return actor, {name: policy.freeze() for name, policy in loaded.items()}
     source = find_source(trained)
-    actor = load_policy(source.base, backbone, chunk_size=chunk_size)
+    on_base = of_base(source, backbone)
+    actor = load_policy(source.base, on_base, chunk_size=chunk_size)
     if source.adapter is None:
         add_adapter(actor.model, ACTOR, backbone.lora)
     else:
@@ -212,7 +215,8 @@ def load_policies(
     policies: dict[str, CausalPolicy] = {}
     for name, where in frozen.items():
         found = find_source(where)
-        if locate(found.base) != locate(source.base):
+        is_same_revision = of_base(found, backbone).revision == on_base.revision
+        if locate(found.base) != locate(source.base) or not is_same_revision:
             if backbone.quantization is not None:
                 raise UserError(
                     f"model.backbone.quantization: the {name} '{where}' stands on '{found.base}', the trained policy "
@@ -409,4 +413,8 @@ def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
 
 
 def _tokenizer_and_size(name: str, backbone: BackboneConfig) -> tuple[PreTrainedTokenizerBase, int]:
-    return load_tokenizer(name, backbone), load_config(name, backbone).get_text_config().vocab_size
+    tokenizer, config = load_tokenizer(name, backbone), load_config(name, backbone)
+    # Tokens that were added and are never used may lie beyond the embedding, as Gemma 3's of images do.
+    named = [tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    check_token_ids(max(named), config, f"the tokenizer of '{name}'")
+    return tokenizer, config.get_text_config().vocab_size

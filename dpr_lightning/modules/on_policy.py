@@ -61,6 +61,7 @@ class OnPolicyModule(CausalLMModule):
     @override
     def setup(self, stage: str) -> None:
         """Refuse, before weights are loaded, a teacher whose adapter would be trained as a whole model."""
+        super().setup(stage)
         if stage == "fit" and self.backbone.lora is None and find_source(self.initial_weights).adapter is not None:
             raise UserError(
                 f"model.teacher: '{self.teacher}' was trained with LoRA, but model.backbone.lora is not set, so all "
@@ -77,6 +78,11 @@ class OnPolicyModule(CausalLMModule):
     def teacher_manifest(self) -> dict[str, Any] | None:
         """What the teacher's run recorded of its data and template; None for another trainer's model."""
         return self.found_teacher.manifest
+
+    @property
+    @override
+    def draws_responses(self) -> bool:
+        return True
 
     @override
     def frozen_sources(self) -> dict[str, str]:
