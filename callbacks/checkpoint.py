@@ -35,7 +35,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: Any = None,
+        dirpath: str | None = None,
         every_n_train_steps: int | None = None,
         keep: int = 2,
         monitor: str | None = None,

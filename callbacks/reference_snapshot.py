@@ -100,8 +100,15 @@ class ReferenceSnapshot(Callback):
                 f"trainer.max_time: a run bounded by time may not reach its planned optimizer steps, and {_KEY} counts "
                 "on them; bound it by trainer.max_epochs or trainer.max_steps"
             )
-        self.num_planned = cast("CausalLMModule", pl_module).planned_optimizer_steps()
+        module = cast("CausalLMModule", pl_module)
+        self.num_planned = module.planned_optimizer_steps()
         self.pending = snapshot_steps(self.alphas, self.num_planned)
+        if 1 in self.pending and module.first_learning_rate(self.num_planned) == 0.0:
+            raise UserError(
+                f"{_KEY}: {self.pending[1]} of {self.num_planned} planned optimizer steps is step 1, the untrained "
+                "model, as warm-up begins at a learning rate of 0; train longer, lower data.global_batch_size or raise "
+                "alpha"
+            )
         names = {self.path(trainer, alpha) for alpha in self.alphas}
         if len(names) < len(self.alphas):
             raise UserError(f"{_KEY}: {self.alphas} agree in their first six digits, which name their directories")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,14 +26,17 @@ from dpr_lightning.modules.base import CausalLMModule
 from dpr_lightning.quiet import quieten
 from dpr_lightning.run_directory import (
     CHECKPOINTS,
+    INITIAL,
     TENSORBOARD,
     RunLogger,
     check_checkpoint,
     check_run_dir,
+    find_trained_weights,
     locked,
     where_to_go_on,
 )
 from dpr_lightning.strategy import FullyShardedStrategy, check_strategy
+from dpr_lightning.yaml_text import load_yaml
 
 _SMALLEST = {
     "logprob_chunk_size": 1,
@@ -61,6 +63,8 @@ class CommandLine(LightningCLI):
 
     def __init__(self, *args: Any, while_it_runs: ExitStack, **kwargs: Any) -> None:
         self.while_it_runs = while_it_runs
+        self.trained_weights: str | None = None
+        """What ``validate``, ``test`` and ``predict`` evaluate; None is a checkpoint, or where the run starts."""
         super().__init__(*args, **kwargs)
 
     @override
@@ -80,12 +84,20 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir)
         check_run_dir(run_dir)
+        is_fit = self.subcommand == "fit"
+        if not is_fit and config.ckpt_path is None:
+            self.trained_weights = find_trained_weights(run_dir)
+        if not is_fit and config.ckpt_path == INITIAL:
+            config.ckpt_path = None
         check_checkpoint(config.ckpt_path, run_dir)
+        for name in ("max_epochs", "max_steps") if is_fit else ():
+            if config.trainer[name] == 0:
+                raise UserError(f"trainer.{name}: must be >= 1, got 0; no optimizer step would be taken")
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             self.while_it_runs.enter_context(locked(run_dir))
         if self.subcommand == "fit" and not config.ckpt_path:
             text = self._parser(self.subcommand).dump(config, skip_none=False)
-            config.ckpt_path = where_to_go_on(run_dir, yaml.safe_load(text))
+            config.ckpt_path = where_to_go_on(run_dir, load_yaml(text))
             self.save_config_kwargs["goes_on"] = config.ckpt_path is not None
         elif config.ckpt_path == "last":
             config.ckpt_path = str(run_dir / CHECKPOINTS)
@@ -97,6 +109,7 @@ class CommandLine(LightningCLI):
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
             raise UserError(str(_innermost(error))) from error
+        self.model.trained_weights = self.trained_weights
         try:
             # Now, and not when the weights are there: what its constructor refuses.
             self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])

@@ -19,7 +19,13 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from dpr_lightning.config_order import explain_order
 from dpr_lightning.errors import UserError
+from dpr_lightning.paths import is_file
+from dpr_lightning.yaml_text import install, load_yaml
+
+# Before any parser is made.
+install()
 
 _MARKED = re.compile("\x00(.*?)\x01(.*?)\x02")
 """A refusal on its way out through nested messages: key below the parser that refused, and what is wrong."""
@@ -61,11 +67,13 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self._given: list[str] = []
+        # jsonargparse parses a file from inside its directory, where relative paths are of other files.
+        self._started_in = Path.cwd()
 
     @override
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         if args is not None:
-            self._given = list(args)
+            self._given, self._started_in = list(args), Path.cwd()
             args = self._keep_nested(self._given)
         try:
             return super().parse_args(args, *rest, **kwargs)
@@ -89,6 +97,8 @@ class Parser(LightningArgumentParser):
         if getattr(self, "_inner_parser", False):
             raise UserError(f"\x00{key}\x01{problem}\x02") from ex
         problem = problem.replace(_HERE, "")
+        if "there is no such key" in problem:
+            problem = explain_order(key, self._config_files(), self._given) or problem
         raise UserError(f"{key}: {problem}" if key else problem) from ex
 
     def _explain(self, text: str) -> tuple[str, str]:
@@ -142,9 +152,9 @@ class Parser(LightningArgumentParser):
         return key, "there is no such key; see --help for those that exist"
 
     def _explain_yaml(self, body: str) -> str:
-        for path in self._config_files():
+        for path, file in self._config_files().items():
             try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8"))
+                config = load_yaml(file.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 return f"'{path}' is no valid YAML ({_shorten(' '.join(str(error).split()), limit=200)}); repair it"
             if not isinstance(config, dict):
@@ -156,16 +166,17 @@ class Parser(LightningArgumentParser):
         leaf = key.rpartition(".")[2]
         if any(arg.startswith("--") and arg.partition("=")[0].endswith(leaf) for arg in self._given):
             return ""
-        for path in reversed(self._config_files()):
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        for path, file in reversed(self._config_files().items()):
+            for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
                 if re.search(rf"(?:^|[\s{{,-])['\"]?{re.escape(leaf)}['\"]?\+?\s*:", line):
                     return f" ({path} line {number})"
         return ""
 
-    def _config_files(self) -> list[Path]:
+    def _config_files(self) -> dict[str, Path]:
+        """Return the files of ``-c``, by what was written, in their order."""
         names = [value for flag, value in pairwise(self._given) if flag in ("-c", "--config")]
         names += [arg.partition("=")[2] for arg in self._given if arg.startswith("--config=")]
-        return [Path(name) for name in names if Path(name).is_file()]
+        return {name: self._started_in / name for name in names if is_file(self._started_in / name)}
 
     def _keep_nested(self, args: list[str]) -> list[str]:
         """Mark values of keys inside classes that would not arrive as they were written.
@@ -209,7 +220,7 @@ def _mark(text: str, is_kept: bool) -> str:
     if not is_kept:
         return text
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         return text
     return _VERBATIM + text if value is None or isinstance(value, dict | list) else text

@@ -17,9 +17,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from dpr_lightning.checkpoints import is_checkpoint, is_first_rank, resumable_in
 from dpr_lightning.errors import RunIsFinished, UserError
 from dpr_lightning.manifest import is_complete, read_json
+from dpr_lightning.yaml_text import load_yaml
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+INITIAL = "initial"
+"""As ``ckpt_path``: the weights that a run starts from."""
 _NOT_TRAINING = (
     "ckpt_path",
     "run_dir",
@@ -114,7 +117,7 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
     recorded, record = run_dir / "config.yaml", run_dir / "run.json"
     if not recorded.is_file() or _failed_at_once(run_dir):
         return None
-    before = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
+    before = _recorded(recorded)
     differing = dict(_differing(before, config))
     other = [text for key, text in differing.items() if not _is_below(key, (*_NOT_TRAINING, *_ROUNDING))]
     if other:
@@ -142,6 +145,25 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
         )
     rank_zero_info(f"'{run_dir}' holds a run that ended before its first checkpoint; it begins anew")
     return None
+
+
+def find_trained_weights(run_dir: Path) -> str:
+    """Return the finished model of a run, which ``validate``, ``test`` and ``predict`` measure if told nothing else.
+
+    Raises:
+        UserError: There is none.
+    """
+    final = run_dir / "final"
+    if is_complete(final):
+        rank_zero_info(f"Evaluating the trained model '{final}'")
+        return str(final)
+    directory = run_dir / CHECKPOINTS
+    found = "an unfinished run" if resumable_in(directory) else "no trained model"
+    advice = "--ckpt_path last takes its newest checkpoint; " if resumable_in(directory) else ""
+    raise UserError(
+        f"run_dir: '{run_dir}' holds {found}, so there are no final weights to evaluate; set run_dir to a finished "
+        f"run; {advice}--ckpt_path initial evaluates the weights that the run starts from"
+    )
 
 
 def check_checkpoint(ckpt_path: str | None, run_dir: Path) -> None:
@@ -178,6 +200,26 @@ def check_run_dir(run_dir: Path) -> None:
         raise UserError(f"run_dir: '{run_dir}' is no usable path ({error.strerror}); choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run_dir: '{run_dir}' cannot be written to ('{existing}' forbids it); choose another")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run recorded.
+
+    Raises:
+        UserError: The file is none.
+    """
+    try:
+        found = load_yaml(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"run_dir: '{path}' is no valid YAML ({error}); repair it, or choose another --run_dir"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"run_dir: '{path}' holds a {type(found).__name__}, not a mapping of keys to values; repair it, or choose "
+            "another --run_dir"
+        )
+    return found
 
 
 def _differing(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:

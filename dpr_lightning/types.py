@@ -62,6 +62,11 @@ def concatenate(parts: Sequence[Any]) -> Any:
     return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
+def as_ends(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the ids that end a response as a sequence, however many there are."""
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+
+
 class _TensorBatch:
     """Moves and slices a dataclass of tensors; the fields themselves are declared by the subclasses."""
 

@@ -18,6 +18,7 @@ from dpr_lightning.arguments import Parser
 from dpr_lightning.data.preparation import DataPreparation
 from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.verifiers import Verifier
+from dpr_lightning.yaml_text import load_yaml
 
 TEACHER = "SFT"
 """Name of the teacher's runs in tables and results."""
@@ -146,7 +147,7 @@ def read_experiment(path: Path) -> Experiment:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"sweep: '{path}' is no YAML: {error}; correct it") from error
     if not isinstance(raw, dict):
@@ -264,7 +265,7 @@ def _config(path: str) -> str:
 def _contents(base: Sequence[str], run: RunSpec, values: Mapping[str, Any]) -> list[Any]:
     """Return what shapes a run, wherever its files lie and whatever comments they hold."""
     return [
-        *(yaml.safe_load(Path(_config(path)).read_text()) for path in [*base, *run.configs]),
+        *(load_yaml(Path(_config(path)).read_text()) for path in [*base, *run.configs]),
         {**run.settings, **values},
     ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dpr_lightning.data.ends import response_end, response_ends
 from dpr_lightning.data.templates import ChatTemplate, PromptTemplate, TextTemplate, template_from_manifest
 from dpr_lightning.errors import UserError
 from dpr_lightning.manifest import is_complete
@@ -56,10 +57,8 @@ class FrozenPolicies:
 
     @property
     def eos_token_id(self) -> int:
-        """The id that ends a response."""
-        eos_token_id = self.tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
-        return eos_token_id
+        """The id that closes a demonstrated response."""
+        return response_end(self.tokenizer, self.template)
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +70,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     references.add_argument("--alpha", type=float, nargs="+", help="snapshots of the run; all of them if left out")
     group.add_argument("--chat", action="store_true", help="use the tokenizer's chat template; a run brings its own")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--micro_batch_size", type=int, default=32, help="responses of one scoring forward")
 
@@ -85,6 +85,7 @@ def policies_from_arguments(parsed: argparse.Namespace) -> FrozenPolicies:
         dtype=parsed.dtype,
         device=parsed.device,
         micro_batch_size=parsed.micro_batch_size,
+        revision=parsed.revision,
     )
 
 
@@ -97,6 +98,7 @@ def find_policies(
     dtype: str = "float32",
     device: str = "cpu",
     micro_batch_size: int = 32,
+    revision: str | None = None,
 ) -> FrozenPolicies:
     """Find a teacher and its references, and check that they speak of the same tokens; no weights are loaded.
 
@@ -109,6 +111,7 @@ def find_policies(
         dtype: Type of the weights.
         device: Where torch computes.
         micro_batch_size: Responses of one scoring forward.
+        revision: Of models on the hub; None is the one that an adapter records, or the hub's default.
 
     Raises:
         UserError: Something is missing, unfinished or does not fit together.
@@ -116,7 +119,7 @@ def find_policies(
     if micro_batch_size < 1:
         raise UserError(f"--micro_batch_size: found {micro_batch_size}; give a whole number of at least 1")
     check_device(device)
-    backbone = BackboneConfig(name_or_path=teacher, dtype=dtype)  # type: ignore[arg-type]
+    backbone = BackboneConfig(name_or_path=teacher, dtype=dtype, revision=revision)  # type: ignore[arg-type]
     try:
         references = _references(teacher, reference, alphas)
         pairs = {name: find_frozen_pair(teacher, path) for name, path in references.items()}
@@ -280,7 +283,7 @@ def sample_teacher(
             teacher.model,
             repeated,
             config=sampling,
-            eos_token_id=policies.eos_token_id,
+            eos_token_id=response_ends(policies.tokenizer, policies.template, teacher.model.generation_config),
             seed=seed,
             on_progress=bar.update,
         )

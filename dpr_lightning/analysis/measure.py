@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dpr_lightning.analysis.experiment import EvaluationSpec
 from dpr_lightning.data.demonstrations import DemonstrationConfig
+from dpr_lightning.data.ends import response_ends
 from dpr_lightning.data.prompts import PromptBatch, load_prompts
 from dpr_lightning.data.templates import TextTemplate, template_from_manifest
+from dpr_lightning.data.tokenization import pad_id
 from dpr_lightning.evaluation.answers import Answers, verify
 from dpr_lightning.manifest import read_manifest
 from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
@@ -68,8 +70,6 @@ def measure(run_dir: Path, teacher_dir: Path, evaluation: EvaluationSpec) -> Mea
     backbone = BackboneConfig(name_or_path=str(final))
     actor = load_policy(str(final), backbone, chunk_size=1024).freeze()
     tokenizer = load_tokenizer(str(final), backbone)
-    eos_token_id = tokenizer.eos_token_id
-    assert isinstance(eos_token_id, int)
     recorded = read_manifest(final).get("data")
     template = template_from_manifest(recorded["template"]) if recorded else TextTemplate()
     source = DemonstrationConfig(source=evaluation.prompts, preset=evaluation.preset)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def measure(run_dir: Path, teacher_dir: Path, evaluation: EvaluationSpec) -> Mea
             config=SamplingConfig(
                 temperature=temperature, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size
             ),
-            eos_token_id=eos_token_id,
+            eos_token_id=response_ends(tokenizer, template, actor.model.generation_config),
             seed=evaluation.seed,
         )
 
@@ -100,7 +100,7 @@ def measure(run_dir: Path, teacher_dir: Path, evaluation: EvaluationSpec) -> Mea
             )
     pair = find_frozen_pair(str(teacher_dir), None, alpha=evaluation.alpha)
     return Measured(
-        answers=answers, **_against_teacher(batch, draw(1.0, 1), actor, pair, backbone, eos_token_id, evaluation)
+        answers=answers, **_against_teacher(batch, draw(1.0, 1), actor, pair, backbone, pad_id(tokenizer), evaluation)
     )
 
 
@@ -110,10 +110,10 @@ def _against_teacher(
     actor: Any,
     pair: Any,
     backbone: BackboneConfig,
-    eos_token_id: int,
+    padding: int,
     evaluation: EvaluationSpec,
 ) -> dict[str, Any]:
-    rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=eos_token_id)
+    rollouts = make_rollouts(batch.prompt_ids, samples, range(len(batch)), pad_id=padding)
     teacher, reference = (
         load_policy(str(name), backbone, chunk_size=1024).freeze() for name in (pair.teacher, pair.reference)
     )

@@ -104,6 +104,11 @@ class ChatTemplate(PromptTemplate):
         ]
 
     @override
+    def render_answered(self, tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self._apply(tokenizer, messages, add_generation_prompt=False)
+
+    @override
     def opening(self, tokenizer: PreTrainedTokenizerBase) -> str:
         def find() -> str:
             _, is_there, after = self._apply(tokenizer, [_USER]).rpartition(_MARK)

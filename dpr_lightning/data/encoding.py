@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from dpr_lightning.data.chats import Demonstration
 from dpr_lightning.data.demonstrations import DemonstrationConfig, DemonstrationTable
 from dpr_lightning.data.drop_report import NOTES, DropReport, Reason
+from dpr_lightning.data.ends import response_end
 from dpr_lightning.data.splitting import IndexArray
 from dpr_lightning.data.templates import PromptTemplate, TemplateRefusalError, without_opening
 from dpr_lightning.data.tokenization import (
     default_prefix,
     encode_responses,
-    eos_id,
     finish_response,
     special_ids,
     special_pattern,
@@ -182,8 +182,8 @@ class _ChunkEncoder:
         self.table = table
         self.report = report
         self.needs_response = needs_response
-        self.eos_id = eos_id(tokenizer)
-        self.special_ids = special_ids(tokenizer)
+        self.end_id = response_end(tokenizer, template)
+        self.special_ids = special_ids(tokenizer) | {self.end_id}
         self.special_pattern = special_pattern(tokenizer)
         self.num_prefix_ids = len(default_prefix(tokenizer))
 
@@ -221,7 +221,7 @@ class _ChunkEncoder:
                 self.report.add(note, row, self.table)
             if self.needs_response:
                 response, is_complete = finish_response(
-                    response, eos_id=self.eos_id, max_tokens=self.config.max_response_tokens
+                    response, eos_id=self.end_id, max_tokens=self.config.max_response_tokens
                 )
                 if not is_complete:
                     self.report.add(Reason.TRUNCATED, row, self.table)

@@ -22,7 +22,8 @@ class MicroBatchLoader(Generic[PlanT, BatchT]):
     fetches no batch ahead from a loader of known length: the state in a checkpoint counts the batches trained on.
 
     Args:
-        plan: The plans of an epoch, given its number: a pure function with equally many plans for each epoch.
+        plan: The plans of an epoch, given its number: a pure function, with equally many plans for each epoch that
+            this loader serves.
         make_batch: Makes the batch of one plan.
         epoch: Number of the epoch that is running.
     """
@@ -37,7 +38,7 @@ class MicroBatchLoader(Generic[PlanT, BatchT]):
         self._plan = plan
         self._make_batch = make_batch
         self._epoch = epoch
-        self._num_batches = len(plan(0))
+        self._num_batches = len(plan(epoch()))
         self._state = {"epoch": -1, "position": 0}
         self._is_resuming = False
 

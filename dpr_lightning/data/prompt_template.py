@@ -60,6 +60,10 @@ class PromptTemplate(ABC):
     def to_manifest(self) -> dict[str, Any]:
         """Return plain JSON values from which ``template_from_manifest`` makes an equal template."""
 
+    def render_answered(self, tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> str:
+        """Return the text of a question with its answer, closed as the template closes an assistant's turn."""
+        return self.render(tokenizer, [{"role": "user", "content": question}]) + answer
+
     @abstractmethod
     def opening(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the text between the last user message and the response."""

@@ -16,6 +16,7 @@ from typing_extensions import override
 from dpr_lightning.data.batching import PADDING_ROW, MicroBatchPlan, plan_micro_batches
 from dpr_lightning.data.demonstrations import DemonstrationConfig, SplitName, prepare_sources
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
+from dpr_lightning.data.positions import warn_beyond_positions
 from dpr_lightning.data.prompts import (
     EVALUATION_KEY,
     PromptLoader,
@@ -357,15 +358,25 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _check_lengths(self, stage: str) -> None:
-        """Let a sampler that cannot hold every sequence refuse before weights are loaded."""
+        """Before weights load, let model and sampler refuse what is too long for them, and warn of what may be."""
+        if stage == "fit":
+            warn_beyond_positions(
+                self.prompts["train"].encoded.prompt_lengths + self.sampling.max_new_tokens,
+                getattr(self.module, "max_positions", None),
+                what="prompts, with the longest response,",
+                advice="lower data.sampling.max_new_tokens or data.demonstrations.max_prompt_tokens",
+            )
         sampler = self.module.sampler
-        if not isinstance(sampler, BoundedSampler):
-            return
         for split, prompts in self.prompts.items():
-            if split != "train":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.module.decoding.max_new_tokens)
-            elif stage == "fit":
-                sampler.check_length(int(prompts.encoded.prompt_lengths.max()), self.sampling.max_new_tokens)
+            if split == "train" and stage != "fit":
+                continue
+            decoding = self.sampling if split == "train" else self.module.decoding
+            longest = int(prompts.encoded.prompt_lengths.max())
+            key = "data.sampling" if split == "train" else "model.decoding"
+            largest_id = int(prompts.encoded.prompt_flat.max())
+            self.module.check_rows(longest + decoding.max_new_tokens, largest_id, f"{key}.max_new_tokens")
+            if isinstance(sampler, BoundedSampler):
+                sampler.check_length(longest, decoding.max_new_tokens)
 
     def _check_num_prompts(self) -> None:
         num_prompts = len(self.prompts["train"])

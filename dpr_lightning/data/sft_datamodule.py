@@ -22,6 +22,7 @@ from dpr_lightning.data.demonstrations import (
 )
 from dpr_lightning.data.encoding import DropReport, EncodedDemonstrations, encode_table
 from dpr_lightning.data.loader import MicroBatchLoader, data_parallel_rank, running_epoch, set_accumulation
+from dpr_lightning.data.positions import warn_beyond_positions
 from dpr_lightning.data.prompts import (
     EVALUATION_KEY,
     PromptLoader,
@@ -77,6 +78,7 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.demonstrations = demonstrations
+        self._has_default_template = template is None
         self.template = template if template is not None else TextTemplate()
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -89,6 +91,8 @@ class SFTDataModule(LightningDataModule):
         self.prompts: dict[SplitName, Prompts] = {}
         self.metric_prompts: Prompts | None = None
         self.num_leaked_prompts = 0
+        self.resumed = (-1, 0)
+        """Epoch that was resumed with other sizes of steps, and its first row."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,7 +111,7 @@ class SFTDataModule(LightningDataModule):
         a resumed run's place in it is restored.
         """
         assert self.trainer is not None
-        return math.ceil(len(self.plan_epoch(0)) / self.trainer.accumulate_grad_batches)
+        return math.ceil(len(self._plan_rows(0, 0)) / self.trainer.accumulate_grad_batches)
 
     @override
     def prepare_data(self) -> None:
@@ -132,6 +136,10 @@ class SFTDataModule(LightningDataModule):
                 self.trainer, global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size
             )
         self._encode(_STAGE_SPLITS[stage])
+        self._check_lengths()
+        if stage == "fit":
+            self._warn_of_template()
+            self._warn_of_positions()
         if stage == "fit" and self.drop_last and len(self.encoded["train"]) < self.global_batch_size:
             raise UserError(
                 f"data.global_batch_size: {self.global_batch_size} is more than the {len(self.encoded['train'])} "
@@ -144,6 +152,17 @@ class SFTDataModule(LightningDataModule):
         needed = _STAGE_SPLITS[stage][0]
         if needed not in self.encoded and not (stage != "fit" and self._has_metric_prompts):
             raise UserError(f"{CONFIG_KEY}: no {needed} rows; set {needed}_fraction or {needed}_source")
+
+    def _check_lengths(self) -> None:
+        """Let the model refuse rows that it cannot read before weights are loaded."""
+        assert self.trainer is not None
+        check: Any = getattr(self.trainer.lightning_module, "check_rows", None)
+        if check is None:
+            return
+        for encoded in self.encoded.values():
+            lengths = encoded.prompt_lengths + encoded.response_lengths
+            largest_id = max(int(encoded.prompt_flat.max()), int(encoded.response_flat.max()))
+            check(int(lengths.max()), largest_id, f"{CONFIG_KEY}.max_prompt_tokens and max_response_tokens")
 
     @override
     def train_dataloader(self) -> MicroBatchLoader[MicroBatchPlan, SFTBatch]:
@@ -169,13 +188,20 @@ class SFTDataModule(LightningDataModule):
         return prompts.loader(self.micro_batch_size, world_size=world_size, rank=rank)
 
     def plan_epoch(self, epoch: int) -> list[MicroBatchPlan]:
-        """Return this rank's micro-batches of ``epoch``: a function of the data, the sizes, the seed and ``epoch``."""
+        """Return this rank's micro-batches of ``epoch``: a function of the data, the sizes, the seed and ``epoch``.
+
+        Of an epoch that was resumed with other sizes they are those of the rows that are left.
+        """
+        resumed_epoch, first_row = self.resumed
+        return self._plan_rows(epoch, first_row if epoch == resumed_epoch else 0)
+
+    def _plan_rows(self, epoch: int, first_row: int) -> list[MicroBatchPlan]:
         assert self.trainer is not None
         encoded = self.encoded["train"]
         order = np.random.default_rng([self.seed, epoch]).permutation(len(encoded))
         world_size, rank = data_parallel_rank(self.trainer)
         return plan_micro_batches(
-            order.tolist(),
+            order[first_row:].tolist(),
             (encoded.prompt_lengths + encoded.response_lengths).tolist(),
             encoded.response_lengths.tolist(),
             global_batch_size=self.global_batch_size,
@@ -184,6 +210,13 @@ class SFTDataModule(LightningDataModule):
             rank=rank,
             drop_last=self.drop_last,
         )
+
+    def resume_at(self, epoch: int, first_row: int) -> None:
+        """Let ``epoch`` hold the rows of its order from ``first_row`` on, and later epochs all of them."""
+        assert self.trainer is not None
+        self.resumed = (epoch, first_row)
+        # Epochs are of unequal length now, and Lightning counts batches.
+        self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def data_manifest(self) -> dict[str, Any]:
         """Return, as plain JSON values, what a later stage or reader needs to know of the data of this run."""
@@ -218,6 +251,24 @@ class SFTDataModule(LightningDataModule):
             rank_zero_info(self.drop_reports[split].table())
         if "train" in missing and "validation" in self.encoded:
             self._count_leaked_prompts()
+
+    def _warn_of_template(self) -> None:
+        if self._has_default_template and self.tokenizer.chat_template:
+            rank_zero_warn(
+                "the tokenizer has a chat template, but data.template is left at TextTemplate: the model is trained on "
+                "plain text, and the export gets a chat template that writes plain text. For a chat model set "
+                "--data.template dpr_lightning.data.ChatTemplate"
+            )
+
+    def _warn_of_positions(self) -> None:
+        assert self.trainer is not None
+        encoded = self.encoded["train"]
+        warn_beyond_positions(
+            encoded.prompt_lengths + encoded.response_lengths,
+            getattr(self.trainer.lightning_module, "max_positions", None),
+            what="training rows",
+            advice=f"lower {CONFIG_KEY}.max_prompt_tokens or {CONFIG_KEY}.max_response_tokens",
+        )
 
     def _count_leaked_prompts(self) -> None:
         """A split by prompt shares none; a validation source of its own, or a template that drops text, may."""

@@ -2,6 +2,7 @@
 
 from dpr_lightning.evaluation.ifeval import IFEval
 from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy, grade_rows
+from dpr_lightning.evaluation.numbers import final_number
 from dpr_lightning.evaluation.ranking import Pairs, RankingAccuracy, best_by_score, pair_up, ranking_accuracy
 from dpr_lightning.evaluation.statistics import (
     Estimate,
@@ -14,7 +15,7 @@ from dpr_lightning.evaluation.statistics import (
     wilson_interval,
     win_rate,
 )
-from dpr_lightning.evaluation.verifiers import ExactMatch, FinalNumber, Verifier, final_number
+from dpr_lightning.evaluation.verifiers import ExactMatch, FinalNumber, Verifier
 
 __all__ = [
     "Estimate",

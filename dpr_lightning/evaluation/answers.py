@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpr_lightning.data.ends import response_ends
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.models.backbone import BackboneConfig, load_model, load_tokenizer
 from dpr_lightning.rollout.sampler import Samples
@@ -48,7 +50,9 @@ def verify(
         tokenizer: Decodes the ids.
         num_samples: Responses of each prompt.
     """
-    texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
+    # An end need not be a special token.
+    ids = [ids if cut else ids[:-1] for ids, cut in zip(samples.response_ids, samples.is_truncated, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     verdicts = [
         not is_truncated and verifier(rows[index // num_samples], text)
         for index, (text, is_truncated) in enumerate(zip(texts, samples.is_truncated, strict=True))
@@ -90,10 +94,9 @@ def answer(
     """
     backbone = BackboneConfig(name_or_path=str(model_dir))
     model = load_model(str(model_dir), backbone).eval()
-    model.to(device)  # type: ignore[arg-type]
+    model.to(torch.device(device))
     tokenizer = load_tokenizer(str(model_dir), backbone)
-    eos_token_id = tokenizer.eos_token_id
-    assert isinstance(eos_token_id, int)
+    ends = response_ends(tokenizer, None, model.generation_config)
     answers = {}
     for temperature in temperatures:
         repeats = num_samples if temperature > 0 else 1
@@ -101,7 +104,7 @@ def answer(
             model,
             [ids for ids in prompt_ids for _ in range(repeats)],
             config=dataclasses.replace(sampling, temperature=temperature),
-            eos_token_id=eos_token_id,
+            eos_token_id=ends,
             seed=seed,
             on_progress=on_progress,
         )

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
-
-_NUMBER = re.compile(
-    # A minus is a sign only where no number or word stands before it ("3-5" is a difference), and where it touches the
-    # number or its dollar sign ("- 5" is an item of a list, or the end of "10 - 5").
-    r"(?P<sign>(?<![\w).])[-\u2212](?=[$.\d]))?(?:\$\s?)?(?P<sign_2>(?<=\$)[-\u2212])?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-)
-_MARK = "####"
+from dpr_lightning.evaluation.numbers import final_number
 
 
 class Verifier(ABC):
@@ -42,10 +33,11 @@ class Verifier(ABC):
 
 
 class FinalNumber(Verifier):
-    """Compares the final number of a response with that of the demonstration, by value (GSM8K's rule).
+    r"""Compares the final number of a response with that of the demonstration, by value (GSM8K's rule).
 
-    The final number is the first one after the last ``####``, or the last one of a text without this mark. Commas
-    between thousands, a dollar sign, and a full stop after it do not matter; 7 and 7.00 are equal.
+    The final number is the last ``\boxed{...}``, else the first number after the last ``####``, else the last number.
+    Separators between thousands (1,000, 1 000, 1{,}000, 1,00,000), currency, percent signs and units do not matter;
+    7, 7.00 and 14/2 are equal, and so are 1e3 and 10^3. LaTeX expressions are evaluated by ``math-verify``.
 
     Args:
         column: Column with the right answer, worked or bare.
@@ -88,18 +80,6 @@ class ExactMatch(Verifier):
             if not mark:
                 return False
         return response.split() == expected.split()
-
-
-def final_number(text: str) -> Decimal | None:
-    """Return the final number of ``text`` by the rule of :class:`FinalNumber`; None where there is none."""
-    _, mark, tail = text.rpartition(_MARK)
-    matches = list(_NUMBER.finditer(tail))
-    if not matches:
-        return None
-    match = matches[0] if mark else matches[-1]
-    value = Decimal(match["digits"].replace(",", ""))
-    # Unlike ``-value``, which rounds to 28 digits.
-    return value.copy_negate() if match["sign"] or match["sign_2"] else value
 
 
 def _column(row: Mapping[str, Any], column: str) -> str:

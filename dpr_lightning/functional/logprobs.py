@@ -31,7 +31,7 @@ class LMHead:
     weight_VD: Tensor
     """[V, D], in the type of the hidden states."""
     bias_V: Tensor | None = None
-    """[V], in the same type."""
+    """[V], in any type: it is added in float32."""
     logit_softcap: float | None = None
     """Logits x become c * tanh(x / c)."""
     logit_scale: float = 1.0
@@ -39,14 +39,13 @@ class LMHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return [N, V] logits: float32, or float64 for float64 input."""
-        logits_NV = hidden_ND @ self.weight_VD.T
-        if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
-        return self.shape(logits_NV)
+        return self.postprocess_logits(hidden_ND @ self.weight_VD.T)
 
-    def shape(self, logits_NV: Tensor) -> Tensor:
-        """Return [N, V] products with the weight, bias added, in the wide type and as the family changes them."""
-        logits_NV = logits_NV.to(_wide(logits_NV.dtype))
+    def postprocess_logits(self, product_NV: Tensor) -> Tensor:
+        """Return [N, V] logits of products with the weight: float32 or float64, bias added, as the family has them."""
+        logits_NV = product_NV.to(_wide(product_NV.dtype))
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V.to(logits_NV.dtype)
         if self.logit_scale != 1.0:
             logits_NV = logits_NV * self.logit_scale
         if self.logit_softcap is not None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpr_lightning.analysis.frozen import check_device, taught_template
+from dpr_lightning.data.ends import decode_response, response_ends
 from dpr_lightning.data.entries import Entry, read_entries, recorded_columns
 from dpr_lightning.data.templates import PromptTemplate
 from dpr_lightning.data.tokenization import encode_prompts
@@ -29,8 +30,9 @@ from dpr_lightning.generation.parts import Parts
 from dpr_lightning.generation.plan import MT_BENCH_TEMPERATURES, Block, plan_blocks, temperatures_of
 from dpr_lightning.generation.prompts import conversation, encode_first_turns
 from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fingerprint, weights_fingerprint
-from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
+from dpr_lightning.models.backbone import BackboneConfig, check_token_ids, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
+from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.types import SamplingConfig
 
@@ -62,6 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--chat", action="store_true", help="use the tokenizer's chat template; a run brings its own")
     group.add_argument("--template_of", help="directory whose recorded prompt template is used in place of the model's")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     group.add_argument("--batch_size", type=int, default=64, help="prompts decoded together")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,8 +92,7 @@ class Generator:
             bar: Is moved on by every response.
         """
         tokenizer = self.tokenizer
-        eos_token_id = tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
+        ends = response_ends(tokenizer, self.template, self.model.generation_config)
         found: list[dict[str, Any]] = [{"responses": [], "num_tokens": [], "is_truncated": []} for _ in block.tasks]
         turns = [entries[task.entry].turns for task in block.tasks]
         config = dataclasses.replace(self.sampling, temperature=block.temperature)
@@ -102,11 +104,11 @@ class Generator:
                 self.model,
                 encode_prompts(tokenizer, self.template, prompts, [entry.item.tools for entry in asked]),
                 config=config,
-                eos_token_id=eos_token_id,
+                eos_token_id=ends,
                 seed=int(np.random.SeedSequence([self.seed, number, turn]).generate_state(1)[0]),
                 on_progress=bar.update,
             )
-            texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
+            texts = [decode_response(tokenizer, ids, ends) for ids in samples.response_ids]
             for row, text, ids, is_truncated in zip(
                 rows, texts, samples.response_ids, samples.is_truncated, strict=True
             ):
@@ -128,7 +130,7 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
         found = find_teacher(parsed.model)
     except UserError as error:
         raise UserError(str(error).replace("model.teacher", "--model")) from error
-    backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype)
+    backbone = BackboneConfig(name_or_path=found.teacher, dtype=parsed.dtype, revision=parsed.revision)
     manifest = found.manifest if parsed.template_of is None else read_manifest(Path(parsed.template_of))
     entries = read_entries(parsed.prompts, key="--prompts", with_answers=False, columns=recorded_columns(manifest))
     if parsed.limit is not None:
@@ -151,6 +153,7 @@ def generate(parsed: argparse.Namespace, console: Console) -> None:
     if parts.is_complete:
         console.print(f"'{parsed.out}' is complete", highlight=False, markup=False, soft_wrap=True)
         return
+    check_token_ids(max(max(ids) for ids in first), load_config(found.teacher, backbone), "the tokenizer")
     num_beyond = _beyond_positions(found, backbone, [len(ids) for ids in first], sampling.max_new_tokens)
     if num_beyond:
         console.print(
@@ -186,7 +189,9 @@ def _beyond_positions(
     found: FrozenTeacher, backbone: BackboneConfig, lengths: Sequence[int], max_new_tokens: int
 ) -> int:
     """Return how many prompts leave less room than an answer may take (of the first turn)."""
-    limit = getattr(load_config(found.teacher, backbone).get_text_config(), "max_position_embeddings", None)
+    config = load_config(found.teacher, backbone)
+    check_row_length(max(lengths, default=0) + max_new_tokens, config, "--max_new_tokens")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return 0 if limit is None else sum(length + max_new_tokens > limit for length in lengths)
 
 
@@ -298,6 +303,8 @@ def _settings(
         **dataclasses.asdict(sampling),
         **{name: getattr(parsed, name) for name in ("num_samples", "seed", "dtype", "device")},
     }
+    if parsed.revision is not None:
+        values["revision"] = parsed.revision
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
+from dpr_lightning.evaluation.reasoning import final_answer
 from dpr_lightning.judging.chat import NoVerdictError, Reply, Request
 from dpr_lightning.judging.games import BASELINE, MODEL, Game, Item, Outcome, Verdict
 from dpr_lightning.judging.length_control import LengthControl
@@ -154,7 +155,11 @@ class AlpacaEval1Preset(AlpacaEvalPreset):
     @override
     def parse(self, reply: Reply) -> Verdict:
         try:
-            ranks = [entry["rank"] for entry in ast.literal_eval(reply.text) if entry["model"] == "model_1"]
+            ranks = [
+                entry["rank"]
+                for entry in ast.literal_eval(final_answer(reply.text).text.strip())
+                if entry["model"] == "model_1"
+            ]
         except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
             raise NoVerdictError("no list of models and ranks") from None
         if not ranks or isinstance(ranks[0], bool) or ranks[0] not in (1, 2):

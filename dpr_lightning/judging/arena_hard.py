@@ -17,6 +17,7 @@ import numpy as np
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.reasoning import final_answer
 from dpr_lightning.evaluation.statistics import ratio_interval
 from dpr_lightning.judging.chat import NoVerdictError, Reply, Request
 from dpr_lightning.judging.games import BASELINE, MODEL, Game, Item, Outcome, Verdict
@@ -91,17 +92,18 @@ class ArenaHardPreset(Preset):
 
     @override
     def parse(self, reply: Reply) -> Verdict:
-        label = self._label(reply.text)
+        answer = final_answer(reply.text)
+        label = self._label(answer.text, takes_last=answer.has_reasoning)
         plain = self._mirrored.get(label, label)
         if plain not in _FOR_A:
             raise NoVerdictError(f"[[{label}]] is none of the five verdicts")
         return Verdict(value=_FOR_A[plain], label=label, text=reply.text)
 
-    def _label(self, text: str) -> str:
-        found = {label for label in self._patterns[0].findall(text) if label}
-        if len(found) != 1:
+    def _label(self, text: str, *, takes_last: bool) -> str:
+        found = [label for label in self._patterns[0].findall(text) if label]
+        if not found or (len(set(found)) > 1 and not takes_last):
             raise NoVerdictError("several verdicts" if found else "no [[verdict]]")
-        return str(found.pop())
+        return str(found[-1])
 
     @override
     def rows(self, item: Item, games: Sequence[Game], outcomes: Sequence[Outcome], context: Context) -> list[Row]:
@@ -219,7 +221,7 @@ class ArenaHard2Preset(ArenaHardPreset):
     _patterns = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
 
     @override
-    def _label(self, text: str) -> str:
+    def _label(self, text: str, *, takes_last: bool) -> str:
         for pattern in self._patterns:
             found = [label for label in pattern.findall(text.upper()) if label]
             if found:

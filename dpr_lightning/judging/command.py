@@ -184,6 +184,7 @@ def _ask(
         preset,
         lost=matched.lost,
         repeated=matched.repeated,
+        repeated_keys=matched.repeated_keys,
         max_failed=parsed.max_failed,
         seed=parsed.seed,
     )

@@ -27,6 +27,8 @@ class Matched:
     """Prompts that cannot be judged, by reason."""
     repeated: Counter[str]
     """Rows that say again, word for word, what an earlier one said, and rows outside of the file of prompts."""
+    repeated_keys: frozenset[str]
+    """Prompts that have rows of the first kind, by the key of their item."""
 
 
 def match(
@@ -57,8 +59,9 @@ def match(
     lost: Counter[str] = Counter()
     repeated: Counter[str] = Counter()
     tables, contradictory = [], []
+    again: set[str] = set()
     for entries, name in zip(files, [*names, "prompts"][: len(files)], strict=True):
-        table, bad = _table(entries, key_of, name, repeated)
+        table, bad = _table(entries, key_of, name, repeated, again)
         tables.append(table)
         contradictory.append(bad)
     asked = tables[-1] if prompts is not None else {key: table[key] for table in reversed(tables) for key in table}
@@ -96,7 +99,14 @@ def match(
                 row={**found[-1].row, "prompt": turns[0]} if prompts is not None else {},
             )
         )
-    return Matched(items=tuple(items), num_prompts=len(order), by=chosen, lost=lost, repeated=repeated)
+    return Matched(
+        items=tuple(items),
+        num_prompts=len(order),
+        by=chosen,
+        lost=lost,
+        repeated=repeated,
+        repeated_keys=frozenset(str(name_of[key]) for key in again if key in name_of),
+    )
 
 
 def _choose(files: Sequence[Sequence[Entry]], by: Match) -> Literal["id", "prompt"]:
@@ -114,7 +124,7 @@ def _choose(files: Sequence[Sequence[Entry]], by: Match) -> Literal["id", "promp
 
 
 def _table(
-    entries: Sequence[Entry], key_of: Callable[[Entry], str], name: str, repeated: Counter[str]
+    entries: Sequence[Entry], key_of: Callable[[Entry], str], name: str, repeated: Counter[str], again: set[str]
 ) -> tuple[dict[str, Entry], set[str]]:
     """Return the first row of each key, and the keys whose rows contradict each other."""
     table: dict[str, Entry] = {}
@@ -124,7 +134,9 @@ def _table(
         if earlier is not entry:
             is_same = earlier.answers == entry.answers and earlier.turns == entry.turns
             repeated[f"repeated row in {name}"] += is_same
-            if not is_same:
+            if is_same:
+                again.add(key_of(entry))
+            else:
                 contradictory.add(key_of(entry))
     return table, contradictory
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.reasoning import final_answer
 from dpr_lightning.evaluation.statistics import ratio_interval
 from dpr_lightning.judging.chat import NoVerdictError, Reply, Request
 from dpr_lightning.judging.games import MODEL, Game, Item, Outcome, Verdict
@@ -74,9 +75,12 @@ class MTBenchPreset(Preset):
 
     @override
     def parse(self, reply: Reply) -> Verdict:
-        match = _RATINGS[0].search(reply.text) or _RATINGS[1].search(reply.text)
-        if match is None:
-            raise NoVerdictError("no [[rating]]")
+        answer = final_answer(reply.text)
+        matches = list(_RATINGS[0].finditer(answer.text)) or list(_RATINGS[1].finditer(answer.text))
+        if not matches:
+            raise NoVerdictError("no [[rating]]" + (" after the reasoning" if answer.has_reasoning else ""))
+        # Upstream's rule is the first, and knows of no reasoning.
+        match = matches[-1 if answer.has_reasoning else 0]
         rating = float(match[1])
         if not _LOWEST <= rating <= _HIGHEST:
             raise NoVerdictError(f"[[{match[1]}]] is no rating from 1 to 10")

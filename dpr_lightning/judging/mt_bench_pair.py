@@ -11,6 +11,7 @@ import numpy as np
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.reasoning import final_answer
 from dpr_lightning.judging.chat import NoVerdictError, Reply, Request
 from dpr_lightning.judging.games import BASELINE, MODEL, Failure, Game, Item, Outcome, Verdict
 from dpr_lightning.judging.mt_bench import has_reference, official_category
@@ -20,7 +21,7 @@ from dpr_lightning.judging.records import GameRecord, PairRecord
 PAIR_TEMPLATE_NAMES = ("pair-v2", "pair-math-v1", "pair-v2-multi-turn", "pair-math-v1-multi-turn")
 """Of FastChat's ``judge_prompts.jsonl``: first turn without and with reference, second turn likewise."""
 _VERDICTS = (("[[A]]", 1.0), ("[[B]]", 0.0), ("[[C]]", 0.5))
-"""In upstream's order: the first that occurs anywhere in the reply counts."""
+"""In upstream's order: the first that occurs in the reply counts; after reasoning, the one that stands last."""
 _WINNERS = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}
 _WINNER_OF_VALUE = {value: name for name, value in _WINNERS.items()}
 
@@ -76,10 +77,14 @@ class MTBenchPairPreset(Preset):
 
     @override
     def parse(self, reply: Reply) -> Verdict:
-        for mark, value in _VERDICTS:
-            if mark in reply.text:
-                return Verdict(value=value, label=mark, text=reply.text)
-        raise NoVerdictError("no [[A]], [[B]] or [[C]]")
+        answer = final_answer(reply.text)
+        found = [(mark, value) for mark, value in _VERDICTS if mark in answer.text]
+        if not found:
+            raise NoVerdictError("no [[A]], [[B]] or [[C]]" + (" after the reasoning" if answer.has_reasoning else ""))
+        mark, value = (
+            max(found, key=lambda verdict: answer.text.rfind(verdict[0])) if answer.has_reasoning else found[0]
+        )
+        return Verdict(value=value, label=mark, text=reply.text)
 
     @override
     def rows(self, item: Item, games: Sequence[Game], outcomes: Sequence[Outcome], context: Context) -> list[Row]:

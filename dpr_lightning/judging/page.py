@@ -32,14 +32,15 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; paddi
 {% for model in models %}
 <h2>{{ model.model }}{% if model.baseline %} against {{ model.baseline }}{% endif %}</h2>
 {% if model.refused %}<p class="refused">No score: {{ model.refused }}</p>{% endif %}
+{% for warning in model.warnings %}<p class="refused">Warning: {{ warning }}</p>{% endfor %}
 <ul>{% for line in counts(model.counts) %}<li>{{ line }}</li>{% endfor %}</ul>
 {% if model.official %}<table><tr><th>official figure</th><th>value</th><th>how</th></tr>
 {% for figure in model.official %}
 <tr><td>{{ figure.name }}</td><td class="number">{{ show_figure(figure) }}</td><td>{{ figure.note }}</td></tr>
 {% endfor %}</table>{% endif %}
 {% if model.win_rate %}<table>
-<tr><th>win rate, 95% over prompts</th><td class="number">{{ show(model.win_rate) }}</td></tr>
-<tr><th>wins, ties, losses</th>
+<tr><th>win rate over games, 95% over prompts</th><td class="number">{{ show(model.win_rate) }}</td></tr>
+<tr><th>{{ model.units.wins_ties_losses }} won, tied, lost as a whole</th>
 <td class="number">{{ model.win_rate.wins }}, {{ model.win_rate.ties }}, {{ model.win_rate.losses }}</td></tr>
 <tr><th>share of prompts whose orders agree</th><td class="number">{{ show(model.order.consistency) }}</td></tr>
 <tr><th>preference for the answer shown first</th><td class="number">{{ show(model.order.first_shown) }}</td></tr>

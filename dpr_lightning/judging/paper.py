@@ -13,6 +13,7 @@ from typing import Literal
 from typing_extensions import override
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.evaluation.reasoning import final_answer
 from dpr_lightning.judging.chat import NoVerdictError, Reply, Request
 from dpr_lightning.judging.games import BASELINE, MODEL, Game, Item, Outcome, Verdict
 from dpr_lightning.judging.preset import (
@@ -78,7 +79,7 @@ class PaperPreset(Preset):
 
     @override
     def parse(self, reply: Reply) -> Verdict:
-        lines = [line for line in reply.text.splitlines() if line.strip()]
+        lines = [line for line in final_answer(reply.text).text.splitlines() if line.strip()]
         found = [match[1].lower() for line in lines if (match := _LINE.fullmatch(line))]
         if not lines or not _LINE.fullmatch(lines[-1]):
             raise NoVerdictError("the last line is no verdict")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpr_lightning.judging.preset import Preset, Record
-from dpr_lightning.judging.summary import failures, lost_prompts, summarize
+from dpr_lightning.judging.stored import REPEATED_JUDGMENT
+from dpr_lightning.judging.summary import failures, lost_prompts, repeated_prompts, summarize
 
 
 def judged_model(
@@ -22,6 +23,7 @@ def judged_model(
     repeated: Mapping[str, int],
     max_failed: float,
     seed: int,
+    repeated_keys: Set[str] | None = None,
 ) -> dict[str, Any]:
     """Return counts and figures of one model; no figures where too many prompts were lost.
 
@@ -29,16 +31,23 @@ def judged_model(
         records: Its judgments.
         preset: Has the official figures.
         lost: Prompts that were never judged, by reason.
-        repeated: Superfluous rows, by kind; all but rows outside of the prompts count against the limit.
+        repeated: Superfluous rows, by kind; the prompts of all but rows outside of them count against the limit.
         max_failed: Largest share of prompts that may be lost or repeated.
         seed: Of the intervals' resampling.
+        repeated_keys: Prompts with superfluous rows besides those among ``records``; None takes each row of another
+            kind than a repeated judgment for one prompt.
     """
     keys = {record.key for record in records}
     without_verdict = lost_prompts(records)
     num_prompts = len(keys) + sum(lost.values())
     all_lost = Counter(lost) + Counter({"without all verdicts": len(without_verdict)})
-    faulty = all_lost.total() + sum(count for kind, count in repeated.items() if "outside" not in kind)
-    share = faulty / num_prompts
+    # Prompts over prompts: one with two lost turns, or ten repeated rows, is one.
+    faulty_keys = without_verdict | repeated_prompts(records) | ((repeated_keys or set()) & keys)
+    faulty = sum(lost.values()) + len(faulty_keys)
+    if repeated_keys is None:
+        rows = sum(count for kind, count in repeated.items() if "outside" not in kind and kind != REPEATED_JUDGMENT)
+        faulty = min(num_prompts, faulty + rows)
+    share = faulty / num_prompts if num_prompts else 0.0
     counts = {
         "prompts": num_prompts,
         "with_all_verdicts": len(keys) - len(without_verdict),
@@ -49,7 +58,9 @@ def judged_model(
     }
     name = records[0].model if records else ""
     refused = None
-    if share > max_failed or len(keys) == len(without_verdict):
+    if len(keys) == len(without_verdict):
+        refused = f"none of {num_prompts} prompts has all its verdicts"
+    if share > max_failed:
         refused = f"{faulty} of {num_prompts} prompts ({share:.1%}) are lost or repeated, and {max_failed:.1%} may be"
     if refused is not None:
         return {"model": name, "counts": counts, "refused": refused}
@@ -105,6 +116,8 @@ def _print_counts(model: Mapping[str, Any], console: Console) -> None:
         console.print(name + line, markup=False, highlight=False)
     if model["refused"] is not None:
         console.print(f"{name}no score: {model['refused']}", markup=False, highlight=False)
+    for warning in model.get("warnings", ()):
+        console.print(f"{name}warning: {warning}", markup=False, highlight=False)
 
 
 def _official(models: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -126,8 +139,10 @@ def _official(models: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def _win_rates(models: Sequence[Mapping[str, Any]], title: str) -> Table:
-    table = Table("model", "against", title=f"{escape(title)}; each game once, 95% over prompts", title_justify="left")
-    _number_columns(table, "win rate", "win/tie/loss", "orders agree", "first shown", "characters", "prompts")
+    table = Table("model", "against", title=f"{escape(title)}; 95% over prompts", title_justify="left")
+    units = {model["units"]["wins_ties_losses"] for model in models}
+    whole = f"{units.pop() if len(units) == 1 else 'pairs'} won/tied/lost"
+    _number_columns(table, "win rate over games", whole, "orders agree", "first shown", "characters", "prompts")
     for model in models:
         win, length = model["win_rate"], model["length"]
         table.add_row(

@@ -10,6 +10,8 @@ from dpr_lightning.errors import UserError
 from dpr_lightning.judging.preset import Context, Preset, Record
 from dpr_lightning.judging.records import PairRecord
 
+REPEATED_JUDGMENT = "repeated judgment"
+
 
 def read_judgments(source: str, preset: Preset, context: Context) -> tuple[list[Record], int]:
     """Return the records of one file, or of all files of a glob pattern, and how many rows are of other pairs.
@@ -55,4 +57,4 @@ def repeated(records: Sequence[Record]) -> Counter[str]:
         (record.key, record.turn, record.baseline if isinstance(record, PairRecord) else "") for record in records
     )
     again = sum(count - 1 for count in seen.values())
-    return Counter({"repeated judgment": again}) if again else Counter()
+    return Counter({REPEATED_JUDGMENT: again}) if again else Counter()

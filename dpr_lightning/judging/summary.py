@@ -16,18 +16,35 @@ from dpr_lightning.evaluation.statistics import share_estimate
 from dpr_lightning.judging.preset import Preset, Record
 from dpr_lightning.judging.records import GradeRecord, PairRecord
 
+MIN_CONSISTENCY = 0.6
+"""Below this share of pairs whose two orders agree there is a warning."""
+FIRST_SHOWN_RANGE = (0.4, 0.6)
+"""Where the interval of the preference for the answer shown first leaves this there is a warning."""
 _MAX_BINS = 5
 _MIN_PROMPTS_A_BIN = 10
 
 
 def lost_prompts(records: Sequence[Record]) -> set[str]:
-    """Return the keys of prompts that lack a verdict."""
+    """Return the keys of prompts that lack a verdict, or the judgment of a turn that others have."""
     lost = set()
+    turns: dict[tuple[str, str], set[int]] = {}
     for record in records:
         is_complete = record.is_complete if isinstance(record, PairRecord) else record.rating is not None
         if not is_complete:
             lost.add(record.key)
-    return lost
+        turns.setdefault((record.key, _opponent(record)), set()).add(record.turn)
+    all_turns = {record.turn for record in records}
+    return lost | {key for (key, _), found in turns.items() if found != all_turns}
+
+
+def repeated_prompts(records: Sequence[Record]) -> set[str]:
+    """Return the keys of prompts that have two judgments of one turn against one baseline."""
+    counts = Counter((record.key, record.turn, _opponent(record)) for record in records)
+    return {key for (key, _, _), count in counts.items() if count > 1}
+
+
+def _opponent(record: Record) -> str:
+    return record.baseline if isinstance(record, PairRecord) else ""
 
 
 def failures(records: Sequence[Record]) -> Counter[str]:
@@ -52,12 +69,16 @@ def summarize(records: Sequence[Record], preset: Preset, *, seed: int) -> dict[s
     result: dict[str, Any] = {
         "model": records[0].model,
         "official": [asdict(figure) for figure in preset.figures(records, seed=seed)],
+        "warnings": [],
     }
     if whole:
+        order, warnings = _order(whole, seed)
         result |= {
             "baseline": _baseline(whole),
             "win_rate": _win_rate(whole, seed),
-            "order": _order(whole, seed),
+            "units": {"win_rate": "mean preference over games", "wins_ties_losses": _unit(whole)},
+            "order": order,
+            "warnings": warnings,
             "length": _lengths(whole, seed),
             "categories": _by(whole, lambda record: record.category, seed),
         }
@@ -88,8 +109,15 @@ def _win_rate(records: Sequence[PairRecord], seed: int) -> dict[str, Any]:
     }
 
 
-def _order(records: Sequence[PairRecord], seed: int) -> dict[str, Any]:
-    """Return how often both orders of a pair agree, and how the judge leans to the place of an answer.
+def _unit(records: Sequence[PairRecord]) -> str:
+    """Return what is won, tied or lost as a whole, its games' mean above, at or below one half."""
+    if any(record.turn != records[0].turn for record in records):
+        return "turns"
+    return "prompts" if len({record.key for record in records}) == len(records) else "pairs of answers"
+
+
+def _order(records: Sequence[PairRecord], seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Return how often both orders of a pair agree, how the judge leans to the place of an answer, and warnings.
 
     ``consistency`` is over prompts judged in both orders: both games favour the same answer, or both are ties.
     ``first_shown`` is the mean preference for the answer shown first; one half is no bias. With both orders of every
@@ -108,10 +136,27 @@ def _order(records: Sequence[PairRecord], seed: int) -> dict[str, Any]:
         if values:
             told.append(record)
             first.append(sum(values) / len(values))
-    return {
-        "consistency": _estimate(in_both, agrees, seed) if agrees else None,
-        "first_shown": _estimate(told, first, seed) if first else None,
-    }
+    consistency = _estimate(in_both, agrees, seed) if agrees else None
+    first_shown = _estimate(told, first, seed) if first else None
+    warnings = []
+    if consistency is not None and consistency["value"] < MIN_CONSISTENCY:
+        warnings.append(
+            f"both orders agree in {consistency['value']:.1%} of the pairs, less than {MIN_CONSISTENCY:.0%}: the "
+            "place of an answer decides more than the answer does, so the win rate says little; use another judge"
+        )
+    # Without a single pair in which the place mattered, a wide interval only says that the prompts are few.
+    if first_shown is not None and any(value != 0.5 for value in first):
+        low, high = first_shown["low"], first_shown["high"]
+        if low < FIRST_SHOWN_RANGE[0] or high > FIRST_SHOWN_RANGE[1]:
+            is_outside = high < FIRST_SHOWN_RANGE[0] or low > FIRST_SHOWN_RANGE[1]
+            place = "first" if first_shown["value"] > 0.5 else "second"
+            warnings.append(
+                f"the judge {'prefers' if is_outside else 'may prefer'} the answer shown {place}: the preference for "
+                f"the first is {first_shown['value']:.3f} [{low:.3f}, {high:.3f}], which should lie within "
+                f"{FIRST_SHOWN_RANGE[0]} to {FIRST_SHOWN_RANGE[1]}; judge both orders of more "
+                "prompts, or use another judge"
+            )
+    return {"consistency": consistency, "first_shown": first_shown}, warnings
 
 
 def _lengths(records: Sequence[PairRecord], seed: int) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dpr_lightning.errors import UserError
+from dpr_lightning.yaml_text import load_yaml
 
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -53,7 +54,7 @@ def arena_hard_template(path: Path | None) -> tuple[str, str]:
     if path is None:
         raise UserError("--templates: give Arena-Hard's judge configuration (judge_config.yaml of arena-hard-auto)")
     try:
-        found: Any = yaml.safe_load(_read(path))
+        found: Any = load_yaml(_read(path))
     except yaml.YAMLError as error:
         raise UserError(f"--templates: '{path}' is no YAML ({error}); give a judge configuration") from None
     found = found if isinstance(found, Mapping) else {}

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.models.parallel import whole
+from dpr_lightning.models.patterns import check_patterns
 
 ACTOR = "actor"
 """Name of the adapter that is trained."""
@@ -75,6 +77,8 @@ class Source:
     """Transformers directory or hub name of a whole model."""
     adapter: Path | None
     """Directory of the adapter on it; None where the base is the policy."""
+    revision: str | None = None
+    """Revision of the base that the adapter was trained on, where it is recorded."""
 
 
 def find_source(name_or_path: str) -> Source:
@@ -96,7 +100,8 @@ def find_source(name_or_path: str) -> Source:
                     f"'{adapter / _CONFIG}' is of type {config.get('peft_type')} on base {base!r}; only LoRA adapters "
                     "that name their base are understood. Merge it with peft, and give the merged model"
                 )
-            return Source(base, adapter)
+            revision = config.get("revision")
+            return Source(base, adapter, revision if isinstance(revision, str) else None)
     return Source(name_or_path, None)
 
 
@@ -132,7 +137,10 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     Raises:
         UserError: It does not fit the model.
     """
-    config = PeftConfig.from_pretrained(str(directory))
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"'{directory / _CONFIG}' is none of this version of peft ({error}); save it again") from error
     assert isinstance(config, LoraConfig)
     _refuse_other_kinds(config, directory)
     # The ratio pi / pi_old compares two forward passes.
@@ -140,7 +148,12 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     _inject(model, name, config)
     if not (directory / _WEIGHTS).is_file():
         raise UserError(f"'{directory}' has no {_WEIGHTS}; save the adapter as safetensors")
-    weights = {key.removeprefix(_PREFIX): value for key, value in load_file(directory / _WEIGHTS).items()}
+    try:
+        weights = {key.removeprefix(_PREFIX): value for key, value in load_file(directory / _WEIGHTS).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{directory / _WEIGHTS}' cannot be read ({error}); copy the adapter again") from error
+    if bad := [key for key, value in weights.items() if not bool(value.isfinite().all())]:
+        raise UserError(f"'{directory / _WEIGHTS}': {bad[0]} has entries that are NaN or infinite; take an earlier one")
     expected = get_peft_model_state_dict(model, adapter_name=name)
     if differing := set(weights) ^ set(expected):
         raise UserError(
@@ -150,7 +163,8 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     try:
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
-        raise UserError(f"'{directory}' does not fit {type(model).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{directory}' does not fit {type(model).__name__}: {reason}") from error
 
 
 def _refuse_other_kinds(config: LoraConfig, directory: Path) -> None:
@@ -167,6 +181,8 @@ def _refuse_other_kinds(config: LoraConfig, directory: Path) -> None:
 
 
 def _inject(model: PreTrainedModel, name: str, config: LoraConfig) -> None:
+    texts = [config.target_modules, config.exclude_modules, *(config.rank_pattern or ()), *(config.alpha_pattern or ())]
+    check_patterns(model, [text for text in texts if isinstance(text, str)])
     try:
         with warnings.catch_warnings():
             # Several adapters are what is wanted, and tied weights are looked at below.
@@ -216,6 +232,24 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> list[torch.nn.Param
     return [parameter for layer in _layers(model) for parameter in _parameters(layer, name)]
 
 
+def adapter_updates(model: PreTrainedModel, name: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by layer the factors B and A of an adapter's update, those layers left out whose update is 0.
+
+    Args:
+        model: The base with its adapters.
+        name: Which adapter; None is the bare base.
+    """
+    updates: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and name is not None and name in layer.lora_B:
+            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
+            assert isinstance(up, Tensor)
+            assert isinstance(down, Tensor)
+            if torch.count_nonzero(up):
+                updates[path] = (up, down)
+    return updates
+
+
 def train_only(model: PreTrainedModel, name: str) -> None:
     """Make one adapter active, and turn its gradients on and all others' off."""
     model.requires_grad_(False)
@@ -241,7 +275,15 @@ def lora_rank(model: PreTrainedModel, name: str) -> int:
     return _config(model, name).r
 
 
-def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    name: str,
+    state: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    base: str,
+    revision: str | None = None,
+) -> None:
     """Write one adapter in peft's format, which transformers and peft load by themselves.
 
     Args:
@@ -250,15 +292,16 @@ def save_adapter(model: PreTrainedModel, name: str, state: Mapping[str, Tensor],
         state: The model's weights by name, whole; the adapter's are enough.
         directory: Made when needed.
         base: Where its base lies, for those who load it.
+        revision: Of the base; None is the hub's default.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(model, name)
-    before = config.base_model_name_or_path, config.inference_mode
-    config.base_model_name_or_path, config.inference_mode = base, True
+    before = config.base_model_name_or_path, config.revision, config.inference_mode
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     try:
         config.save_pretrained(str(directory))
     finally:
-        config.base_model_name_or_path, config.inference_mode = before
+        config.base_model_name_or_path, config.revision, config.inference_mode = before
     weights = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name)
     save_file(
         {_PREFIX + key: value.detach().cpu().contiguous() for key, value in weights.items()},

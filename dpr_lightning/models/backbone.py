@@ -22,7 +22,10 @@ from transformers import (
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.functional.logprobs import LMHead
-from dpr_lightning.models.adapters import LoRASettings, find_source, load_adapter, merge
+from dpr_lightning.models.adapters import LoRASettings, Source, find_source, load_adapter, merge
+from dpr_lightning.models.location import is_missing_directory, suggestion
+from dpr_lightning.models.positions import guard_positions
+from dpr_lightning.paths import is_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +73,32 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def locate(name_or_path: str) -> str:
     """Return the path of what ships with the package (``dpr_lightning/...``); anything else as it is."""
     packaged = _PACKAGE.parent / name_or_path
-    is_packaged = Path(name_or_path).parts[:1] == (_PACKAGE.name,) and packaged.is_dir()
+    is_packaged = Path(name_or_path).parts[:1] == (_PACKAGE.name,) and is_directory(packaged)
     return str(packaged) if is_packaged else name_or_path
 
 
 def _explain(what: str, name_or_path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not Path(name_or_path).exists() and (Path(name_or_path).is_absolute() or len(Path(name_or_path).parts) > 2):
-        reason = "there is no such directory"
-    return UserError(
-        f"{what} '{name_or_path}' cannot be loaded ({reason}); give a transformers directory or a hub name that this "
-        "machine can reach"
-    )
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    # Validation errors name the value in their second line.
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+    return _refusal(what, name_or_path, reason)
+
+
+def _refusal(what: str, name_or_path: str, reason: str) -> UserError:
+    advice = "give a transformers directory or a hub name that this machine can reach"
+    meant = suggestion(name_or_path) or name_or_path
+    if is_directory(Path(meant) / "final"):
+        # A run holds its model in one of its directories.
+        meant = str(Path(meant) / "final")
+    if meant != name_or_path:
+        advice = f"did you mean '{meant}'?"
+    return UserError(f"{what} '{name_or_path}' cannot be loaded ({reason}); {advice}")
+
+
+def _refuse_missing(what: str, name_or_path: str) -> None:
+    """Refuse at once what can only be a directory and is none: the hub would be tried, for most of a minute."""
+    if is_missing_directory(locate(name_or_path)):
+        raise _refusal(what, name_or_path, "there is no such directory")
 
 
 def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTokenizerBase:
@@ -90,11 +107,12 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
     Raises:
         UserError: It cannot be loaded, or it has no EOS token, without which no response can end.
     """
+    _refuse_missing("tokenizer of", name_or_path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise _explain("tokenizer of", name_or_path, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of '{name_or_path}' has no eos_token; set one in its tokenizer_config.json")
@@ -103,17 +121,33 @@ def load_tokenizer(name_or_path: str, backbone: BackboneConfig) -> PreTrainedTok
 
 def load_config(name_or_path: str, backbone: BackboneConfig) -> Any:
     """Load the model's configuration alone: cheap, and enough to compare vocabularies before any weight is read."""
+    _refuse_missing("model", name_or_path)
+    if not is_whole(name_or_path):
+        source = find_source(name_or_path)
+        return load_config(source.base, of_base(source, backbone))
     try:
         return AutoConfig.from_pretrained(
-            locate(_whole(name_or_path)), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            locate(name_or_path), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A value that an architecture refuses ends in an error of huggingface_hub's own.
         raise _explain("model", name_or_path, error) from error
 
 
-def _whole(name_or_path: str) -> str:
-    """Return where the whole model lies: the base, where ``name_or_path`` is an adapter alone."""
-    return name_or_path if is_whole(name_or_path) else find_source(name_or_path).base
+def of_base(source: Source, backbone: BackboneConfig) -> BackboneConfig:
+    """Return how an adapter's base is loaded: at the revision that the adapter records, if it records one.
+
+    Raises:
+        UserError: ``backbone`` asks for another revision.
+    """
+    if source.revision is None or Path(locate(source.base)).is_dir():
+        return backbone
+    if backbone.revision not in (None, source.revision):
+        raise UserError(
+            f"model.backbone.revision: found '{backbone.revision}', but the adapter '{source.adapter}' was trained on "
+            f"revision '{source.revision}' of '{source.base}'; leave it out"
+        )
+    return dataclasses.replace(backbone, revision=source.revision)
 
 
 def is_whole(name_or_path: str) -> bool:
@@ -133,10 +167,11 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
     Raises:
         UserError: The weights cannot be loaded, or some of the model's weights are missing from the files.
     """
+    _refuse_missing("model", name_or_path)
     if not is_whole(name_or_path):
         source = find_source(name_or_path)
         assert source.adapter is not None
-        model = load_model(source.base, backbone)
+        model = load_model(source.base, of_base(source, backbone))
         load_adapter(model, "merged", source.adapter)
         return merge(model, "merged")
     config = load_config(name_or_path, backbone)
@@ -160,9 +195,20 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             quantization_config=_quantization(backbone),
             output_loading_info=True,
             key_mapping=key_mapping,
+            # Refused below, where the weight is named.
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Readers of weight files (safetensors, pickle, zip) have errors of their own for what is damaged.
         raise _explain("model", name_or_path, error) from error
+    if report["mismatched_keys"]:
+        name, in_file, needed = sorted(report["mismatched_keys"], key=str)[0]
+        raise UserError(
+            f"model '{name_or_path}': weight {name} has shape {list(in_file)}, but its config.json makes it "
+            f"{list(needed)}; the two are of different models: copy them again"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -177,11 +223,45 @@ def load_model(name_or_path: str, backbone: BackboneConfig) -> PreTrainedModel:
             # bitsandbytes rounds the scales of a layer in 4 bits further the first time that it runs in eval mode on
             # such a CPU, for good: the policy would be another after its first rollout.
             module.support_avx512bf16_for_cpu = False
+    _refuse_non_finite(model, name_or_path)
     disable_dropout(model)
+    guard_positions(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@torch.no_grad()
+def _refuse_non_finite(model: PreTrainedModel, name_or_path: str) -> None:
+    for name, weight in model.named_parameters():
+        # One sum tells of most that they are finite; where it overflows, each is asked.
+        is_suspect = weight.is_floating_point() and not bool(weight.sum(dtype=torch.float32).isfinite())
+        if is_suspect and not bool(weight.isfinite().all()):
+            num_bad = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"model '{name_or_path}': weight {name} has {num_bad} entries that are NaN or infinite; its training "
+                "broke down or its file is damaged: take an earlier checkpoint"
+            )
+
+
+def check_token_ids(largest_id: int, config: Any, what: str) -> None:
+    """Refuse ids that the model has no embedding for, before weights are loaded.
+
+    Args:
+        largest_id: Of those that are used.
+        config: The model's configuration.
+        what: Whose ids they are.
+
+    Raises:
+        UserError: ``largest_id`` is not below the number of rows.
+    """
+    num_rows = config.get_text_config().vocab_size
+    if largest_id >= num_rows:
+        raise UserError(
+            f"{what} has token id {largest_id}, but the model's embedding has {num_rows} rows; take the tokenizer that "
+            "belongs to the model, or resize its embedding (model.resize_token_embeddings)"
+        )
 
 
 def _text_class(config: Any) -> type[PreTrainedModel] | None:
@@ -223,7 +303,7 @@ def disable_dropout(model: nn.Module) -> None:
 def lm_head(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LMHead:
     """Return the output layer of ``model``: weight [V, D], bias, and what its family does to the logits after it.
 
-    In ``dtype``, that of hidden states, which under autocast is not the weights' own; None keeps theirs.
+    The weight is in ``dtype``, that of hidden states, which under autocast is not its own; None keeps it.
 
     Softcapping is Gemma 2's ``final_logit_softcapping``; ``logit_scale`` is Cohere's, ``logits_scaling`` Granite's.
     """
@@ -236,7 +316,7 @@ def lm_head(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> LMHe
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return LMHead(
         weight_VD=layer.weight if dtype is None else layer.weight.to(dtype),
-        bias_V=layer.bias if dtype is None or layer.bias is None else layer.bias.to(dtype),
+        bias_V=layer.bias,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=float(scale),
     )
@@ -254,10 +334,17 @@ def check_lm_head(model: PreTrainedModel) -> None:
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     ids_BT = torch.arange(1, 5, device=model.device).unsqueeze(0) % vocabulary
-    hidden_BTD: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
-    ours = lm_head(model).logits(hidden_BTD[0])
+    hidden_BTD: Tensor | None = getattr(
+        model.get_decoder()(input_ids=ids_BT, use_cache=False), "last_hidden_state", None
+    )
+    if hidden_BTD is None:
+        raise UserError(
+            f"{type(model).__name__} does not say which of its parts is the decoder, so its hidden states cannot be "
+            "read; this family is not supported"
+        )
+    ours = lm_head(model).logits(hidden_BTD[0]).float()
     theirs = model(input_ids=ids_BT, use_cache=False).logits[0].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()):
         raise UserError(
             f"{type(model).__name__} changes its logits after the output layer in a way that dpr-lightning does not "

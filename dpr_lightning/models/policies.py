@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpr_lightning.models import ragged
 from dpr_lightning.models.adapters import (
     ACTOR,
     adapter_parameters,
+    adapter_updates,
     add_adapter,
     find_source,
     load_adapter,
@@ -29,13 +31,17 @@ from dpr_lightning.models.adapters import (
 from dpr_lightning.models.backbone import (
     BackboneConfig,
     check_lm_head,
+    check_token_ids,
     lm_head,
     load_config,
     load_model,
     load_tokenizer,
     locate,
+    of_base,
 )
+from dpr_lightning.models.location import suggestion
 from dpr_lightning.models.parallel import most, shard
+from dpr_lightning.paths import exists, is_directory, is_file
 from dpr_lightning.types import TokenBatch
 
 
@@ -200,7 +206,8 @@ def load_policies(
         loaded = {name: load_policy(source, backbone, chunk_size=chunk_size) for name, source in frozen.items()}
         return actor, {name: policy.freeze() for name, policy in loaded.items()}
     source = find_source(trained)
-    actor = load_policy(source.base, backbone, chunk_size=chunk_size)
+    on_base = of_base(source, backbone)
+    actor = load_policy(source.base, on_base, chunk_size=chunk_size)
     if source.adapter is None:
         add_adapter(actor.model, ACTOR, backbone.lora)
     else:
@@ -208,7 +215,8 @@ def load_policies(
     policies: dict[str, CausalPolicy] = {}
     for name, where in frozen.items():
         found = find_source(where)
-        if locate(found.base) != locate(source.base):
+        is_same_revision = of_base(found, backbone).revision == on_base.revision
+        if locate(found.base) != locate(source.base) or not is_same_revision:
             if backbone.quantization is not None:
                 raise UserError(
                     f"model.backbone.quantization: the {name} '{where}' stands on '{found.base}', the trained policy "
@@ -250,7 +258,17 @@ class FrozenPair(FrozenTeacher):
 
 
 def _is_run(directory: Path) -> bool:
-    return (directory / "final").is_dir() or (directory / "config.yaml").is_file()
+    return is_directory(directory / "final") or is_file(directory / "config.yaml")
+
+
+def _meant_run(teacher: str) -> str:
+    """Return the question whether the run around a directory, or one of a similar name, was meant; or nothing."""
+    path = Path(teacher)
+    around = [parent for parent in path.parents if parent != Path() and _is_run(parent)]
+    if exists(path) and around:
+        return f"did you mean '{around[0]}', the run that it lies in? Else "
+    similar = None if exists(path) else suggestion(teacher)
+    return f"did you mean '{similar}'? Else " if similar is not None else ""
 
 
 def find_teacher(teacher: str) -> FrozenTeacher:
@@ -290,9 +308,9 @@ def find_frozen_pair(
     """
     root = Path(teacher)
     if reference is None and not _is_run(root):
-        what = "is not a run of dpr-lightning" if root.exists() else "is no directory here"
+        what = "is not a run of dpr-lightning" if exists(root) else "is no directory here"
         raise UserError(
-            f"model.teacher '{teacher}' {what}, so there is no snapshot to find: "
+            f"model.teacher '{teacher}' {what}, so there is no snapshot to find: {_meant_run(teacher)}"
             "set model.reference to the half-training checkpoint"
         )
     found = find_teacher(teacher)
@@ -312,7 +330,63 @@ def find_frozen_pair(
         references = tuple(str(path) for _, path in wanted)
     if not references or len(set(references)) != len(references):
         raise UserError(f"model.reference: found {list(references)}; give one or more different references")
+    if all(_is_same_place(found.teacher, place) for place in references):
+        raise UserError(
+            f"model.reference: '{references[0]}' is the teacher itself, so the reward would be 0 for every token; give "
+            "an earlier checkpoint of the same SFT run"
+        )
+    if any(_is_same_place(place, other) for place, other in combinations(references, 2)):
+        raise UserError(f"model.reference: two of {list(references)} are one directory; give different references")
     return FrozenPair(teacher=found.teacher, references=references, manifest=found.manifest)
+
+
+def _is_same_place(first: str, second: str) -> bool:
+    """Return whether two directories or hub names are one."""
+    if first == second:
+        return True
+    return Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
+
+
+def refuse_equal_weights(teacher: CausalPolicy, references: Mapping[str, CausalPolicy]) -> None:
+    """Refuse a teacher that is its own reference, and references that are one: rewards would be 0, or counted twice.
+
+    Reads weights until the first difference, which is at once unless there is none. Sharded policies and policies on
+    different bases are not compared.
+
+    Args:
+        teacher: pi_SFT, loaded.
+        references: By name, loaded.
+
+    Raises:
+        UserError: They have equal weights.
+    """
+    cause = "a learning rate of 0 in warm-up, or too few steps, leaves two checkpoints equal"
+    if all(_have_equal_weights(teacher, reference) for reference in references.values()):
+        raise UserError(
+            "model.reference: teacher and reference have equal weights, so the reward would be 0 for every token; give "
+            f"an earlier checkpoint of the same SFT run ({cause})"
+        )
+    for (name, reference), (other_name, other) in combinations(references.items(), 2):
+        if _have_equal_weights(reference, other):
+            raise UserError(f"model.reference: {name} and {other_name} have equal weights; leave one out ({cause})")
+
+
+def _have_equal_weights(first: CausalPolicy, second: CausalPolicy) -> bool:
+    if isinstance(first, AdapterPolicy) != isinstance(second, AdapterPolicy):
+        return False
+    if isinstance(first, AdapterPolicy) and isinstance(second, AdapterPolicy):
+        if first.model is not second.model:
+            return False
+        updates = [adapter_updates(first.model, policy.adapter) for policy in (first, second)]
+        return updates[0].keys() == updates[1].keys() and all(
+            torch.equal(factor, updates[1][name][index])
+            for name, factors in updates[0].items()
+            for index, factor in enumerate(factors)
+        )
+    weights, others = dict(first.model.named_parameters()), dict(second.model.named_parameters())
+    return weights.keys() == others.keys() and all(
+        value.shape == others[name].shape and torch.equal(value, others[name]) for name, value in weights.items()
+    )
 
 
 def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
@@ -339,4 +413,8 @@ def check_same_vocabulary(pair: FrozenPair, backbone: BackboneConfig) -> None:
 
 
 def _tokenizer_and_size(name: str, backbone: BackboneConfig) -> tuple[PreTrainedTokenizerBase, int]:
-    return load_tokenizer(name, backbone), load_config(name, backbone).get_text_config().vocab_size
+    tokenizer, config = load_tokenizer(name, backbone), load_config(name, backbone)
+    # Tokens that were added and are never used may lie beyond the embedding, as Gemma 3's of images do.
+    named = [tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    check_token_ids(max(named), config, f"the tokenizer of '{name}'")
+    return tokenizer, config.get_text_config().vocab_size

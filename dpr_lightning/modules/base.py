@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from typing_extensions import override
 
 from dpr_lightning.data.loader import data_parallel_rank
-from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.errors import NonFiniteError, UserError
 from dpr_lightning.evaluation.metrics import ResponseMetric, VerifierAccuracy
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.losses import LossOutput
 from dpr_lightning.manifest import tokenizer_fingerprint
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer, locate
+from dpr_lightning.models.backbone import BackboneConfig, check_token_ids, load_config, locate, of_base
 from dpr_lightning.models.critic import ValueModel
-from dpr_lightning.models.parallel import gathered, whole
+from dpr_lightning.models.parallel import whole
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, load_policies
+from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.modules.export import Export
-from dpr_lightning.modules.resume import random_states, rescale_progress, restore_random_state
-from dpr_lightning.rollout.sampler import Sampler, Samples
+from dpr_lightning.modules.optimization import Settings, apply_settings, few_steps_warning, group_settings
+from dpr_lightning.modules.responding import RespondingModule
+from dpr_lightning.modules.resume import random_states, restore_place, restore_random_state
+from dpr_lightning.precision import replace_precision_plugin, weights_dtype
+from dpr_lightning.rollout.sampler import Sampler
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
 from dpr_lightning.run_directory import RunLogger
 from dpr_lightning.strategy import FullyShardedStrategy
-from dpr_lightning.types import SamplingConfig, TokenBatch
+from dpr_lightning.types import SamplingConfig, TokenBatch, as_ends
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(RespondingModule):
     """Trains one causal language model; subclasses say from which weights and with which loss.
 
     Args:
@@ -95,8 +96,12 @@ class CausalLMModule(LightningModule):
         self.policy: CausalPolicy | None = None
         # Outside the module tree on purpose: frozen policies have no place in parameters(), optimizer or checkpoints.
         self.__dict__["frozen"] = {}
+        self.trained_weights: str | None = None
+        """Directory of a finished run's weights, for ``validate``, ``test`` and ``predict`` in place of the start."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._response_ends: int | list[int] | None = None
         self._step_metrics: dict[str, Tensor] = {}
+        self._configured: list[Settings] = []
         self._random_states: list[dict[str, Any]] | None = None
         """Every rank's, of the checkpoint that the run resumes from, until training starts."""
         self.token_counts = {"trained": 0, "rolled_out": 0, "scored": 0}
@@ -104,29 +109,30 @@ class CausalLMModule(LightningModule):
         forward without gradient, once for each model that was trained on them or scored them."""
 
     @property
-    def initial_weights(self) -> str:
-        """Directory or hub name that the trained weights start from."""
-        return self.backbone.name_or_path
+    def loading(self) -> BackboneConfig:
+        """How weights are loaded: as ``backbone`` says, in the Trainer's type where it names one for all weights."""
+        dtype: Any = None if self._trainer is None else weights_dtype(self._trainer.precision)
+        return self.backbone if dtype is None else dataclasses.replace(self.backbone, dtype=dtype)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to the initial weights; read on first use, without any weights."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.initial_weights, self.backbone)
-        return self._tokenizer
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for, by its configuration; None where it names none."""
+        config = load_config(self.initial_weights, self.backbone).get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
 
-    @property
-    def actor(self) -> CausalPolicy:
-        """The policy that is trained."""
-        assert self.policy is not None, "configure_model has not run"
-        return self.policy
+    @override
+    def setup(self, stage: str) -> None:
+        replace_precision_plugin(self.trainer)
 
     @override
     def configure_model(self) -> None:
         sources = self.frozen_sources()
         if self.policy is not None and sources.keys() <= self.frozen.keys():
             return
-        policy, frozen = load_policies(self.initial_weights, sources, self.backbone, chunk_size=self.logprob_chunk_size)
+        start = self.trained_weights or self.initial_weights
+        policy, frozen = load_policies(start, sources, self.loading, chunk_size=self.logprob_chunk_size)
+        self.check_frozen(frozen)
         for other in frozen.values():
             if not isinstance(other, AdapterPolicy):
                 self.shard(other, offload=getattr(self, "offload_frozen", False))
@@ -135,9 +141,12 @@ class CausalLMModule(LightningModule):
             # It was there for ``predict``, which needs no other.
             return
         self.policy = policy
+        if self.draws_responses and hasattr(self.sampler, "check_model"):
+            # Before weights are sharded, and not after the first epoch.
+            self.sampler.check_model(policy.model)
         model, num_trained = policy.model, sum(parameter.numel() for parameter in self.actor_parameters())
         rank_zero_info(
-            f"{type(model).__name__} from '{self.initial_weights}': {model.num_parameters() / 1e6:,.2f}M parameters, "
+            f"{type(model).__name__} from '{start}': {model.num_parameters() / 1e6:,.2f}M parameters, "
             f"{model.dtype}; {num_trained / 1e6:,.2f}M are trained"
         )
         self.shard(policy)
@@ -157,7 +166,27 @@ class CausalLMModule(LightningModule):
         # refuses to clip them. It takes gradients that are unscaled and clipped as any other does.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = self.make_schedule(optimizer, num_steps)
+        self._configured = group_settings(optimizer)
+        size = getattr(self.trainer.datamodule, "global_batch_size", None)  # type: ignore[attr-defined]
+        warning = few_steps_warning(schedule, num_steps, global_batch_size=size, max_epochs=self.trainer.max_epochs)
+        if warning is not None:
+            rank_zero_warn(warning)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def check_frozen(self, frozen: Mapping[str, CausalPolicy]) -> None:
+        """Refuse frozen policies, loaded and not yet sharded, that this stage cannot use."""
+
+    @property
+    def draws_responses(self) -> bool:
+        """Whether this stage samples from the policy."""
+        return bool(self.response_metrics) or (self._trainer is not None and self.trainer.state.fn == "predict")
+
+    def check_rows(self, num_tokens: int, largest_id: int, settings: str) -> None:
+        """Refuse rows that the model cannot read, before weights load: too long for its positions, or unknown ids."""
+        config = load_config(self.initial_weights, self.backbone)
+        ends = as_ends(self.response_ends)
+        check_token_ids(max(largest_id, *ends, 0), config, f"the tokenizer of '{self.initial_weights}'")
+        check_row_length(num_tokens, config, settings)
 
     def frozen_sources(self) -> dict[str, str]:
         """Return where each policy lies that this stage needs and never trains, by name."""
@@ -171,15 +200,20 @@ class CausalLMModule(LightningModule):
         """Return what the optimizer trains: parameters, or groups of them with settings of their own."""
         return self.actor_parameters()
 
-    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LambdaLR:
         """Return the learning rate of each of ``num_steps`` optimizer steps: warm-up, then a cosine."""
-        schedule: LRScheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        schedule: LambdaLR = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             num_warmup_steps=round(self.warmup_ratio * num_steps),
             num_training_steps=num_steps,
             min_lr_rate=self.min_lr_ratio,
         )
         return schedule
+
+    def first_learning_rate(self, num_steps: int) -> float:
+        """Return the learning rate of the first of ``num_steps`` optimizer steps as a share of its peak."""
+        schedule = self.make_schedule(SGD([Parameter(torch.zeros(1))], lr=1.0), num_steps)
+        return float(schedule.get_last_lr()[0])
 
     def planned_optimizer_steps(self) -> int:
         """Return N, the optimizer steps of the whole run, known before the first.
@@ -261,7 +295,7 @@ class CausalLMModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["token_counts"] = self.total_token_counts()
-        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["steps"] = self._step_sizes()
         checkpoint["random_states"] = random_states()
         if self.backbone.lora is not None:
             # The base is where the run found it; a checkpoint holds what was trained.
@@ -269,11 +303,22 @@ class CausalLMModule(LightningModule):
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trained}
 
+    def _step_sizes(self) -> dict[str, int]:
+        """Return what a run that resumes must know of this one's optimizer steps to find its place in the epoch."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        resumed_epoch, first_row = getattr(data, "resumed", (-1, 0))
+        return {
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "global_batch_size": getattr(data, "global_batch_size", 0),
+            "resumed_epoch": resumed_epoch,
+            "first_row": first_row,
+        }
+
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
-            before = checkpoint.get("accumulate_grad_batches", self.trainer.accumulate_grad_batches)
-            rescale_progress(checkpoint, before=before, now=self.trainer.accumulate_grad_batches)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            restore_place(checkpoint, data, before=checkpoint["steps"], now=self._step_sizes())
             self._random_states = checkpoint.get("random_states", [])
         # The sum of all ranks goes on with the first.
         if self.global_rank == 0:
@@ -285,6 +330,9 @@ class CausalLMModule(LightningModule):
             # As late as can be: nothing that happens once more when a run resumes may draw from it.
             restore_random_state(self._random_states, rank=self.global_rank, step=self.trainer.global_step)
             self._random_states = None
+            schedules: Any = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            if changes := apply_settings(self.trainer.optimizers, schedules, self._configured):
+                rank_zero_info(f"The run resumes with new optimizer settings: {', '.join(changes)}")
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.begin_at(self.trainer.global_step)
@@ -307,17 +355,6 @@ class CausalLMModule(LightningModule):
         named = self.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if parameter.requires_grad}
 
-    @override
-    def on_test_start(self) -> None:
-        self.on_validation_start()
-
-    @override
-    def on_validation_start(self) -> None:
-        # States that ``validate`` made in inference mode could not be added to by a later ``fit``'s validation.
-        for module in self.modules():
-            if isinstance(module, Metric):
-                module.reset()
-
     def _refuse_non_finite(self, value: Tensor, what: str, where: str) -> None:
         is_finite = bool(torch.isfinite(value.detach()).all())
         if self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
@@ -330,71 +367,6 @@ class CausalLMModule(LightningModule):
             f"{self.trainer.global_step}, epoch {self.current_epoch}, {where}; this step was not applied. Checkpoints "
             "written before it are good: lower the learning rate or look at this batch, then resume with --ckpt_path"
         )
-
-    def sample(self, prompts: list[list[int]], config: SamplingConfig, *, seed: int, **kwargs: Any) -> Samples:
-        """Draw one response per prompt from the current weights, in the Trainer's precision."""
-        eos_token_id = self.tokenizer.eos_token_id
-        assert isinstance(eos_token_id, int)
-        # A sampler with weights of its own takes them over one by one.
-        has_own_weights = getattr(self.sampler, "has_own_weights", False)
-        weights = nullcontext() if has_own_weights else gathered(self.actor)
-        with self.trainer.precision_plugin.forward_context(), weights:
-            return self.sampler.sample(
-                self.actor.model, prompts, config=config, eos_token_id=eos_token_id, seed=seed, **kwargs
-            )
-
-    def decode(self, response_ids: list[int]) -> str:
-        """Return the text of a response, without its EOS."""
-        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    @override
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one row per prompt: ``row``, ``prompt``, ``response``, ``num_tokens``, ``is_truncated``."""
-        samples = self.sample(batch.prompt_ids, self.decoding, seed=self.evaluation_seed(batch_idx))
-        return [
-            {
-                "row": row["row"],
-                "prompt": row["prompt"],
-                "response": self.decode(ids),
-                "num_tokens": len(ids),
-                "is_truncated": is_truncated,
-            }
-            for row, ids, is_truncated in zip(batch.rows, samples.response_ids, samples.is_truncated, strict=True)
-        ]
-
-    @property
-    def response_metrics(self) -> list[ResponseMetric]:
-        """The metrics of responses to held-out prompts."""
-        return cast("list[ResponseMetric]", list(self.metrics))
-
-    def update_response_metrics(self, batch: PromptBatch, samples: Samples) -> None:
-        """Let every metric grade the responses to ``batch``, if it is meant for them."""
-        if not batch.for_metrics or not self.response_metrics:
-            return
-        texts = [self.decode(ids) for ids in samples.response_ids]
-        for metric in self.response_metrics:
-            metric.update(batch.rows, texts, samples.is_truncated)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_response_metrics("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_response_metrics("test")
-
-    def _log_response_metrics(self, stage: str) -> None:
-        for metric in self.response_metrics:
-            # Of all ranks: torchmetrics sums the states before it computes.
-            for name, value in metric.compute().items():
-                self.log(f"{stage}/{name}", value.float(), prog_bar=name == "accuracy", batch_size=1, sync_dist=True)
-            metric.reset()
-
-    def evaluation_seed(self, batch_idx: int) -> int:
-        """Return a seed that differs between batches and ranks, and not between epochs: curves stay comparable."""
-        return (self.prediction_seed * 1_000_003 + batch_idx) * 4099 + self.global_rank
 
     def save_pretrained(self, directory: Path) -> None:
         """Write the current weights, configuration and tokenizer as a transformers directory (safetensors).
@@ -411,15 +383,22 @@ class CausalLMModule(LightningModule):
         return Export(
             model=self.actor.model,
             tokenizer=self.tokenizer,
-            template=getattr(self.trainer.datamodule, "template", None),  # type: ignore[attr-defined]
+            template=self._template,
             base=None if self.backbone.lora is None else locate(find_source(self.initial_weights).base),
+            revision=self._revision,
         )
+
+    @property
+    def _revision(self) -> str | None:
+        """Of the model on the hub that was trained, or that carries the adapter."""
+        return of_base(find_source(self.initial_weights), self.backbone).revision
 
     def model_manifest(self) -> dict[str, Any]:
         """Return what a later stage must know of weights trained here: their start, tokenizer, template and data."""
         describe = getattr(self.trainer.datamodule, "data_manifest", None)  # type: ignore[attr-defined]
         return {
             "initial_weights": self.initial_weights,
+            "revision": self._revision,
             "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "data": describe() if describe is not None else None,
         }

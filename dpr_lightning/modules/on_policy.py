@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from dpr_lightning.data.prompts import PromptBatch
 from dpr_lightning.data.tokenization import pad_id
+from dpr_lightning.errors import UserError
+from dpr_lightning.models.adapters import find_source
 from dpr_lightning.models.parallel import is_sharded, release
 from dpr_lightning.models.policies import AdapterPolicy, CausalPolicy, FrozenTeacher, find_teacher
 from dpr_lightning.modules.base import CausalLMModule
@@ -56,6 +58,17 @@ class OnPolicyModule(CausalLMModule):
             self._found_teacher = find_teacher(self.teacher)
         return self._found_teacher
 
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuse, before weights are loaded, a teacher whose adapter would be trained as a whole model."""
+        super().setup(stage)
+        if stage == "fit" and self.backbone.lora is None and find_source(self.initial_weights).adapter is not None:
+            raise UserError(
+                f"model.teacher: '{self.teacher}' was trained with LoRA, but model.backbone.lora is not set, so all "
+                "weights would be trained; add -c configs/lora.yaml to continue its adapter, or give a copy of the "
+                "merged model without its 'adapter' folder to train all weights"
+            )
+
     @property
     def initial_weights(self) -> str:
         """The teacher: the policy starts as pi_SFT."""
@@ -65,6 +78,11 @@ class OnPolicyModule(CausalLMModule):
     def teacher_manifest(self) -> dict[str, Any] | None:
         """What the teacher's run recorded of its data and template; None for another trainer's model."""
         return self.found_teacher.manifest
+
+    @property
+    @override
+    def draws_responses(self) -> bool:
+        return True
 
     @override
     def frozen_sources(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from dpr_lightning.data.pair_datamodule import PairDataModule
@@ -55,6 +55,7 @@ class PairModule(OnPolicyModule):
 
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage != "fit" or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         max_epochs = self.trainer.max_epochs
@@ -93,7 +94,7 @@ class PairModule(OnPolicyModule):
         return sum(self.iteration_steps())
 
     @override
-    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    def make_schedule(self, optimizer: Optimizer, num_steps: int) -> LambdaLR:
         """Return the learning rate of each step: in each iteration a warm-up from 0 and a linear fall."""
         steps = self.iteration_steps()
         starts = [0, *accumulate(steps)][:-1]

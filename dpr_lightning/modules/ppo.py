@@ -79,7 +79,7 @@ class PPOModule(DPRModule):
         super().configure_model()
         if self.value_model is not None or self.trainer.state.fn != "fit":
             return
-        self.value_model = load_critic(self.initial_weights, self.backbone)
+        self.value_model = load_critic(self.initial_weights, self.loading)
         num_parameters = sum(parameter.numel() for parameter in self.value_model.parameters())
         rank_zero_info(f"Critic from '{self.initial_weights}': {num_parameters / 1e6:,.2f}M parameters")
         self.shard(self.value_model)

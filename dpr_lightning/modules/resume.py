@@ -61,6 +61,54 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
             state["position"] = state["position"] * now // before
 
 
+def restore_place(checkpoint: dict[str, Any], data: Any, *, before: dict[str, int], now: dict[str, int]) -> None:
+    """Translate a checkpoint's place in the epoch for the sizes of the run that resumes.
+
+    With steps of as many rows as before, a place counts optimizer steps: see :func:`rescale_progress`. With others it
+    counts rows, and what is left of the epoch becomes an epoch that has not begun, so that every row is trained on
+    once. A checkpoint between two epochs has no place to translate.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+        data: The DataModule, set up.
+        before: When the checkpoint was written: ``global_batch_size``; ``accumulate_grad_batches``, the micro-batches
+            of one rank in an optimizer step; and where rows were counted before, ``resumed_epoch`` and ``first_row``.
+        now: The same of the run that resumes.
+
+    Raises:
+        UserError: The DataModule cannot resume inside an epoch with other steps, or the checkpoint lies in a step.
+    """
+    progress, fit_loop = _batch_progress(checkpoint), checkpoint["loops"]["fit_loop"]
+    epoch, done = fit_loop["epoch_progress"]["current"]["processed"], progress["current"]["processed"]
+    first_row = before["first_row"] if before["resumed_epoch"] == epoch else 0
+    is_same = before["global_batch_size"] == now["global_batch_size"] and not first_row
+    if is_same or progress["is_last_batch"] or (done == 0 and not first_row):
+        rescale_progress(checkpoint, before=before["accumulate_grad_batches"], now=now["accumulate_grad_batches"])
+        if not is_same:
+            finish_epoch(checkpoint)
+        return
+    num_steps, rest = divmod(done, before["accumulate_grad_batches"])
+    resume_at = getattr(data, "resume_at", None)
+    if rest or resume_at is None:
+        raise UserError(
+            f"data.global_batch_size: the checkpoint lies inside an epoch of steps of {before['global_batch_size']} "
+            f"rows, which cannot be continued with {now['global_batch_size']}; resume with "
+            f"{before['global_batch_size']}, or from a checkpoint at the end of an epoch"
+        )
+    first_row += num_steps * before["global_batch_size"]
+    resume_at(epoch, first_row)
+    rank_zero_info(f"The run resumes at row {first_row} of epoch {epoch}, {now['global_batch_size']} rows a step")
+    for part in ("current", "total"):
+        epochs = fit_loop["epoch_progress"][part]
+        fit_loop["epoch_progress"][part] = dict.fromkeys(epochs, epochs["processed"])
+    progress["current"] = dict.fromkeys(progress["current"], 0)
+    # All that was begun is done: else Lightning completes a batch of the new epoch in its place.
+    progress["total"] = dict.fromkeys(progress["total"], progress["total"]["processed"])
+    for state in fit_loop["state_dict"].get("combined_loader", []):
+        if isinstance(state, dict) and "position" in state:
+            state["position"] = 0
+
+
 def settle_place(checkpoint: dict[str, Any]) -> None:
     """Make a checkpoint that is taken between two optimizer steps one that resumes with all that is left, and no more.
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.models.adapters import find_source
-from dpr_lightning.models.backbone import BackboneConfig, load_config, locate
+from dpr_lightning.models.backbone import BackboneConfig, load_config, locate, of_base
 
 _PUBLISHED = Path(__file__).resolve().parent / "architectures"
 _SECONDS_TO_ANSWER = 5.0
@@ -27,7 +27,8 @@ def find_architecture(name_or_path: str, backbone: BackboneConfig) -> tuple[Any,
     Raises:
         UserError: It is nowhere.
     """
-    name = find_source(name_or_path).base
+    source = find_source(name_or_path)
+    name, backbone = source.base, of_base(source, backbone)
     if Path(locate(name)).is_dir():
         return _of_text(load_config(name, backbone), backbone), f"'{name}'"
     try:

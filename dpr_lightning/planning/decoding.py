@@ -17,9 +17,9 @@ from dpr_lightning.models import ragged
 from dpr_lightning.models.backbone import lm_head
 from dpr_lightning.planning.batches import Shape
 from dpr_lightning.planning.tracker import CACHE, Tracker
+from dpr_lightning.rollout.continuous import PROMPT_TOKENS
 from dpr_lightning.rollout.draws import draw
 from dpr_lightning.rollout.slots import SlotCache
-from dpr_lightning.rollout.transformers_sampler import PROMPT_TOKENS
 from dpr_lightning.types import SamplingConfig
 
 PROMPTS, LAST_TOKEN = "rollout: prompts", "rollout: last token"

@@ -13,6 +13,7 @@ from dpr_lightning.arguments import Parser
 from dpr_lightning.data.preparation import DataPreparation
 from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.metrics import ResponseMetric
+from dpr_lightning.yaml_text import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def read_benchmark(path: Path, data_dir: Path | None) -> Benchmark:
     if not path.is_file():
         raise UserError(f"--benchmarks: no file '{path}'; give one such as configs/evaluation/ifeval.yaml")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--benchmarks: '{path}' is no YAML: {error}; correct it") from error
     if not isinstance(raw, dict):

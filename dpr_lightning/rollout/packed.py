@@ -73,5 +73,5 @@ def packed_head(head: LMHead) -> Callable[[Tensor], Tensor]:
     """Return [N, D] hidden states -> [N, V] logits of an output layer, by packed weights where these are worth it."""
     if not _is_worth(head.weight_VD):
         return head.logits
-    multiply = _pack(head.weight_VD, head.bias_V)
-    return lambda hidden_ND: head.shape(multiply(hidden_ND))
+    multiply = _pack(head.weight_VD, None)
+    return lambda hidden_ND: head.postprocess_logits(multiply(hidden_ND))

@@ -16,11 +16,11 @@ class Samples:
     """Responses in the order of the prompts that they answer."""
 
     response_ids: list[list[int]]
-    """Sampled ids up to and including EOS; never empty."""
+    """Sampled ids up to and including the end; never empty."""
     logp: list[list[float]]
     """Log-probability of each id under the distribution that it was drawn from (temperature, top-p, top-k applied)."""
     is_truncated: list[bool]
-    """True where the length limit came before EOS."""
+    """True where the length limit came before an end."""
 
 
 class Sampler(Protocol):
@@ -32,7 +32,7 @@ class Sampler(Protocol):
         prompts: Sequence[Sequence[int]],
         *,
         config: SamplingConfig,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         seed: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -42,7 +42,7 @@ class Sampler(Protocol):
             model: A causal language model; its train or eval mode is left as it was.
             prompts: Token ids, BOS included where the tokenizer has one; none empty.
             config: Length limit, temperature and truncation of the distribution.
-            eos_token_id: The id that ends a response.
+            eos_token_id: The id that ends a response, or several; the first is the one that demonstrations teach.
             seed: The same seed, weights, prompts and batch size give the same responses.
             on_progress: Called with the number of responses finished since the last call.
         """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dpr_lightning.rollout.sampler import Samples
-from dpr_lightning.types import SamplingConfig
+from dpr_lightning.types import SamplingConfig, as_ends
 
 
 def draw(
@@ -16,7 +16,7 @@ def draw(
     prompts: Sequence[Sequence[int]],
     *,
     config: SamplingConfig,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     seed: int,
     lora_request: Any = None,
     on_progress: Callable[[int], object] | None = None,
@@ -29,7 +29,7 @@ def draw(
         engine: A ``vllm.LLMEngine`` in this process, idle.
         prompts: Token ids, BOS included where the tokenizer has one; none empty.
         config: Length limit, temperature and truncation of the distribution.
-        eos_token_id: The id that ends a response.
+        eos_token_id: The id that ends a response, or several.
         seed: Of torch's generators, which the caller puts back. The same seed, weights and prompts give the same
             responses.
         lora_request: The adapter to sample with, if any.
@@ -48,7 +48,7 @@ def draw(
     return _collect(outputs, max_new_tokens=config.max_new_tokens, eos_token_id=eos_token_id)
 
 
-def _sampling_params(config: SamplingConfig, eos_token_id: int) -> Any:
+def _sampling_params(config: SamplingConfig, eos_token_id: int | Sequence[int]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -61,7 +61,7 @@ def _sampling_params(config: SamplingConfig, eos_token_id: int) -> Any:
         # Of the sampled token alone.
         logprobs=0,
         # There is no tokenizer to know one by.
-        stop_token_ids=[eos_token_id],
+        stop_token_ids=list(as_ends(eos_token_id)),
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -78,13 +78,13 @@ def _finish(engine: Any, on_progress: Callable[[int], object] | None) -> list[An
     return [finished[row] for row in sorted(finished)]
 
 
-def _collect(outputs: Sequence[Any], *, max_new_tokens: int, eos_token_id: int) -> Samples:
+def _collect(outputs: Sequence[Any], *, max_new_tokens: int, eos_token_id: int | Sequence[int]) -> Samples:
     """Return vLLM's finished requests, one response each, as the sampler protocol has them.
 
     Args:
         outputs: ``vllm.RequestOutput`` in the order of the prompts.
         max_new_tokens: The length limit that they were asked for with.
-        eos_token_id: The id that ends a response.
+        eos_token_id: The id that ends a response, or several.
 
     Raises:
         RuntimeError: A response ended in another way than by EOS or the length limit.
@@ -93,7 +93,7 @@ def _collect(outputs: Sequence[Any], *, max_new_tokens: int, eos_token_id: int) 
     for output in outputs:
         (found,) = output.outputs
         ids = list(found.token_ids)
-        ended = bool(ids) and ids[-1] == eos_token_id
+        ended = bool(ids) and ids[-1] in as_ends(eos_token_id)
         if not ended and (found.finish_reason != "length" or len(ids) != max_new_tokens):
             raise RuntimeError(
                 f"vLLM ended response {len(samples.logp)} after {len(ids)} of {max_new_tokens} tokens by "

@@ -135,7 +135,7 @@ class VLLMSampler:
         prompts: Sequence[Sequence[int]],
         *,
         config: SamplingConfig,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         seed: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -220,7 +220,7 @@ class VLLMSampler:
             "model": str(directory),
             "skip_tokenizer_init": True,
             "load_format": "dummy",
-            # Neither the model's own sampling settings nor its further ends.
+            # Not the model's own sampling settings; its ends are asked for by each request.
             "generation_config": "vllm",
             # Those of the distribution that is drawn from, as the protocol has it.
             "logprobs_mode": "processed_logprobs",

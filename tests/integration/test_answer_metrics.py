@@ -130,6 +130,7 @@ def test_the_figures_are_those_of_the_answers(
     cli = command_line(
         [
             "validate",
+            "--ckpt_path=initial",
             *arguments("dpr", tmp_path / "run", demonstrations_file, frozen_dirs),
             "--config",
             overlay(tmp_path, metrics_of(tmp_path)),
@@ -161,6 +162,7 @@ def test_without_prompts_of_their_own_the_held_out_ones_are_answered(
         cli = command_line(
             [
                 "validate",
+                "--ckpt_path=initial",
                 *arguments(method, tmp_path / method, demonstrations_file, frozen_dirs),
                 "--config",
                 settings,
@@ -180,6 +182,7 @@ def test_prompts_of_their_own_need_no_held_out_ones(
     cli = command_line(
         [
             subcommand,
+            "--ckpt_path=initial",
             *arguments(method, tmp_path / "run", demonstrations_file, frozen_dirs),
             "--data.demonstrations.validation_fraction=0",
             "--config",
@@ -251,6 +254,7 @@ def test_what_does_not_fit_is_refused(
         main(
             [
                 "validate",
+                "--ckpt_path=initial",
                 *arguments("dpr", tmp_path / "run", demonstrations_file, frozen_dirs),
                 "-c",
                 overlay(tmp_path, made),
@@ -272,6 +276,7 @@ def test_validate_and_a_file_of_generate_agree_on_the_embedded_tasks(tmp_path: P
     cli = command_line(
         [
             "validate",
+            "--ckpt_path=initial",
             *(argument for name in files for argument in ("-c", f"configs/{name}.yaml")),
             f"--run_dir={tmp_path / 'run'}",
             f"--data.demonstrations.source={tmp_path / 'train.jsonl'}",

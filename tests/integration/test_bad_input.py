@@ -240,8 +240,8 @@ def test_rollouts_by_vllm(dpr: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_no_held_out_rows(sft: Refuse, dpr: Refuse, subcommand: str) -> None:
-    assert "data.demonstrations: no " in sft(subcommand=subcommand)
-    assert "data.demonstrations: no held-out prompts" in dpr(subcommand=subcommand)
+    assert "data.demonstrations: no " in sft("--ckpt_path=initial", subcommand=subcommand)
+    assert "data.demonstrations: no held-out prompts" in dpr("--ckpt_path=initial", subcommand=subcommand)
 
 
 @pytest.mark.parametrize("alpha", ["0", "1", "1.5", "-0.1", "[0.5, 2]"])

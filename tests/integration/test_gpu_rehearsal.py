@@ -31,7 +31,7 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     for found in (
         "passed | failures",
         "| SFT, 8B, LoRA |",
-        "| DPR, 1B, all weights | an optimizer step |",
+        "| SFT, 1B, all weights | last micro-batch of a step |",
         "| DPR, 8B, LoRA | a decode step |",
         "| TRL SFTTrainer |",
         "| TRL RLOOTrainer |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ def test_a_checkpoint_of_another_adapter_is_refused(
 
 
 def test_full_fine_tuning_of_a_teacher_with_an_adapter_uses_the_merged_model(root: Path, tmp_path: Path) -> None:
-    run = [argument for argument in arguments(root, str(tmp_path / "full")) if argument != "configs/lora.yaml"]
+    # Without its 'adapter' folder the merged model is as any other; with it, 'all weights' would be a surprise.
+    teacher, reference = tmp_path / "merged", root / "sft" / "reference" / "alpha_0.5"
+    shutil.copytree(root / "sft" / "final", teacher, ignore=shutil.ignore_patterns("adapter"))
+    more = (f"--model.teacher={teacher}", f"--model.reference={reference}")
+    run = [argument for argument in arguments(root, str(tmp_path / "full"), *more) if argument != "configs/lora.yaml"]
     place = run.index("configs/backbone/tiny.yaml") + 1
     assert run.pop(place) == "-c"
     main([*run, "--trainer.max_epochs=1", "--model.optimizer.lr=1e-4"])

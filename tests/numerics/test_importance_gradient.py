@@ -124,3 +124,17 @@ def test_the_weight_on_the_advantage_is_the_weight_on_the_loss_of_each_token(
             torch.testing.assert_close(weighted_PV, weight_BT[row, column] * grad_PV, rtol=1e-12, atol=1e-14)
             total_PV += weighted_PV
         assert total_PV.norm() > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_temperature_biases_the_gradient_and_weights_take_part_of_it_back(mdp: TokenMDP, seed: int) -> None:
+    # What the warning of DPRModule says of temperature 0.7.
+    actor_PV, reward_BT = mdp.policy(seed), mdp.by_state(mdp.policy(seed + 50)[:, 0])
+    return_BT = reward_BT.flip(1).cumsum(dim=1).flip(1)
+    wanted_PV = exact(mdp, actor_PV, return_BT)
+    cold_PV = actor_PV / 0.7
+    plain_PV = average_gradient(mdp, actor_PV, cold_PV, return_BT, torch.ones_like(return_BT))
+    weighted_PV = average_gradient(mdp, actor_PV, cold_PV, return_BT, weights(mdp, actor_PV, cold_PV, cap=2.0))
+    plain, weighted = (float((found - wanted_PV).norm() / wanted_PV.norm()) for found in (plain_PV, weighted_PV))
+    assert 0.1 < plain < 1.5
+    assert weighted < plain

@@ -44,6 +44,9 @@ class ToyModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
+    def first_learning_rate(self, num_steps: int) -> float:
+        return 1.0
+
     def planned_optimizer_steps(self) -> int:
         # Not Lightning's estimate: it sets the loader up before a checkpoint could restore its place.
         trainer = self.trainer

@@ -90,12 +90,12 @@ def test_labels_that_vanish_are_dropped(write_jsonl: Write, byte_bpe: PreTrained
 
 def test_special_token_spelt_out_is_kept_and_noted(write_jsonl: Write, byte_bpe: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "a", "response": "x<|endoftext|>y"}, {"prompt": "<|im_end|>", "response": "y"}]
-    for template in (TextTemplate(), ChatTemplate()):
+    for template, end in ((TextTemplate(), "<|endoftext|>"), (ChatTemplate(), "<|im_end|>")):
         encoded, report = encode(write_jsonl(rows), byte_bpe, template)
         assert report.counts == {Reason.SPELLS_SPECIAL: 2}
         assert report.num_dropped == 0
-        eos = byte_bpe.eos_token_id
-        assert [encoded.response_ids(i).count(eos) for i in (0, 1)] == [1, 1]
+        end_id = byte_bpe.convert_tokens_to_ids(end)
+        assert [encoded.response_ids(i).count(end_id) for i in (0, 1)] == [1, 1]
         assert byte_bpe.decode(encoded.response_ids(0)[:-1]) == "x<|endoftext|>y"
 
 

@@ -263,3 +263,33 @@ def test_shapes_that_disagree_are_refused() -> None:
         token_logprobs(hidden_ND, LMHead(weight_VD=weight_VD), target_N[1:])
     with pytest.raises(ValueError, match=r"need hidden \[N, D\]"):
         token_logprobs(hidden_ND[None], LMHead(weight_VD=weight_VD), target_N[None])
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_head_trained", [False, True])
+def test_the_bias_is_added_in_float32_to_products_in_bfloat16(bias_dtype: torch.dtype, is_head_trained: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(64, 16, generator=generator).bfloat16().requires_grad_()
+    weight_VD = (0.05 * torch.randn(512, 16, generator=generator)).bfloat16().requires_grad_(is_head_trained)
+    # As of a bias that holds token frequencies: bfloat16 has steps of 1/16 here, and products are below 1.
+    bias_V = (10.0 + torch.randn(512, generator=generator)).to(bias_dtype).requires_grad_(is_head_trained)
+    target_N = torch.randint(512, (64,), generator=generator)
+    head = LMHead(weight_VD=weight_VD, bias_V=bias_V)
+    logp_N = token_logprobs(hidden_ND, head, target_N, chunk_size=16).logp_N
+
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (hidden_ND, weight_VD, bias_V)]
+    exact_NV = (exact[0] @ exact[1].T + exact[2]).log_softmax(-1)
+    exact_N = exact_NV.gather(1, target_N[:, None]).squeeze(1)
+    error_N = logp_N.double() - exact_N
+    # What is left is the product's own rounding: 2**-9 of at most 1. A bias added in bfloat16 errs by 0.02 rms.
+    assert error_N.square().mean().sqrt() < 2e-3
+    torch.testing.assert_close(head.logits(hidden_ND).double().log_softmax(-1), exact_NV, rtol=0, atol=1e-2)
+    logp_N.sum().backward()
+    exact_N.sum().backward()
+    for ours, theirs in zip((hidden_ND, weight_VD, bias_V), exact, strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            # Gradients are returned in the type of what they are of; bfloat16 keeps 2**-8 of each.
+            scale = float(theirs.grad.abs().max())
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=5e-3 * scale)

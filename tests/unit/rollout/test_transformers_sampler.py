@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from dpr_lightning.errors import NonFiniteError
 from dpr_lightning.models import ragged
 from dpr_lightning.models.policies import CausalPolicy, scatter_tokens
-from dpr_lightning.rollout import transformers_sampler
+from dpr_lightning.rollout import continuous
 from dpr_lightning.rollout.sampler import Samples
 from dpr_lightning.rollout.scoring import make_rollouts
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
@@ -202,6 +203,7 @@ class _CountTokens:
 
 def test_only_tokens_that_are_needed_go_through_the_model(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model("llama")
+    TransformersSampler().check_model(model)
     counted = _CountTokens(model)
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
     samples = sample(model, prompts, max_new_tokens=16, batch_size=8)
@@ -223,7 +225,7 @@ def test_long_prompts_are_read_in_several_forwards(
 ) -> None:
     model = tiny_model("qwen2").double()
     expected = sample(model, PROMPTS, max_new_tokens=8)
-    monkeypatch.setattr(transformers_sampler, "PROMPT_TOKENS", 10)
+    monkeypatch.setattr(continuous, "PROMPT_TOKENS", 10)
     counted = _CountTokens(model)
     assert sample(model, PROMPTS, max_new_tokens=8).response_ids == expected.response_ids
     assert max(counted.forwards) <= 12 + len(PROMPTS)
@@ -249,6 +251,25 @@ def test_eos_comes_once_and_last_and_truncation_is_marked(tiny_model: Callable[.
         assert len(ids) == 16 if is_truncated else ids[-1] == 2
     # EOS as the very last token that the limit allows is no truncation.
     assert any(len(ids) == 16 and not cut for ids, cut in zip(samples.response_ids, samples.is_truncated, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_end_ends_a_response(attention: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention)
+    settings: Any = {"config": SamplingConfig(max_new_tokens=16), "seed": 0}
+    free = TransformersSampler().sample(model, PROMPTS * 8, eos_token_id=2, **settings)
+    ends = [2, 7, 11]
+    found = TransformersSampler().sample(model, PROMPTS * 8, eos_token_id=ends, **settings)
+    # The same draws, cut after the first of the ends.
+    for ids, logp, cut, longer, said in zip(
+        found.response_ids, found.logp, found.is_truncated, free.response_ids, free.logp, strict=True
+    ):
+        first = next((place for place, token in enumerate(longer) if token in ends), len(longer) - 1)
+        assert ids == longer[: first + 1]
+        assert logp == pytest.approx(said[: first + 1], abs=1e-4)
+        assert cut == (ids[-1] not in ends)
+    assert {ids[-1] for ids, cut in zip(found.response_ids, found.is_truncated, strict=True) if not cut} == set(ends)
 
 
 def test_one_new_token(tiny_model: Callable[..., PreTrainedModel]) -> None:

@@ -79,7 +79,7 @@ class FakeEngine:
             self.model,
             [prompt],
             config=config,
-            eos_token_id=params.stop_token_ids[0],
+            eos_token_id=params.stop_token_ids,
             seed=int(torch.randint(9999, ())),
         )
         found = SimpleNamespace(
@@ -384,3 +384,12 @@ def test_several_ranks_keep_the_trainers_process_group(
     told = {name: engine.environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     assert told == {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     assert "RANK" not in os.environ
+
+
+def test_every_end_ends_a_response(tiny_model: Callable[..., PreTrainedModel], sampler: VLLMSampler) -> None:
+    config = SamplingConfig(max_new_tokens=12)
+    samples = sampler.sample(tiny_model(), PROMPTS * 8, config=config, eos_token_id=[2, 7, 11], seed=0)
+    lasts = [ids[-1] for ids in samples.response_ids]
+    assert samples.is_truncated == [last not in (2, 7, 11) for last in lasts]
+    assert {2, 7, 11} <= set(lasts)
+    assert not any({2, 7, 11} & set(ids[:-1]) for ids in samples.response_ids)
