@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from dpr_lightning.manifest import environment, now, read_manifest, tokenizer_fi
 from dpr_lightning.models.backbone import BackboneConfig, load_config, load_model, load_tokenizer
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.terminal import make_console
 from dpr_lightning.types import SamplingConfig
 
 _BATCHES_A_BLOCK = 4
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parsed = parser.parse_args(args)
-    generate(parsed, Console(width=None if sys.stdout.isatty() else 160))
+    generate(parsed, make_console(160))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
