@@ -19,6 +19,7 @@ from dpr_lightning.manifest import (
     environment,
     now,
     read_json,
+    read_run_record,
     recorded_run_id,
 )
 from dpr_lightning.modules.base import CausalLMModule
@@ -84,10 +85,10 @@ class RunRecorder(SaveConfigCallback):
 
     def _check_data(self, trainer: Trainer) -> None:
         record = Path(trainer.default_root_dir) / "run.json"
-        before = (read_json(record) if record.exists() else {}).get("data") or {}
+        before = (read_run_record(record) if record.exists() else {}).get("data") or {}
         now = _describe_data(trainer) or {}
         for split, found in now.get("splits", {}).items():
-            if found["fingerprint"] != before.get("splits", {}).get(split, found)["fingerprint"]:
+            if found["fingerprint"] != (before.get("splits") or {}).get(split, found).get("fingerprint"):
                 raise UserError(
                     f"data.demonstrations: the {split} rows are not those that this run was begun with; put them back, "
                     "choose another --run_dir, or continue with the new ones by --ckpt_path last"

@@ -5,6 +5,7 @@ Whatever is slow to import is imported by the command that needs it.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import textwrap
@@ -60,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except RunIsFinished as finished:
         print(finished)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            error = UserError(f"'{error.filename!s:.60}...' is longer than file names may be; choose a shorter one")
         if not isinstance(error, _refusals()):
             raise
         sys.stderr.write(f"dpr-lightning: error: {' '.join(str(error).split())}\n")

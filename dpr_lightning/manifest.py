@@ -141,11 +141,50 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not JSON ({error}); delete it and write it again") from error
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); put it back or delete it") from error
     if not isinstance(value, dict):
         raise UserError(f"'{path}' holds a {type(value).__name__} where an object should be; write it again")
     return value
+
+
+_RUN_RECORD: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "run_id": str,
+    "status": str,
+    "reason": str,
+    "started": str,
+    "ended": str,
+    "command": str,
+    "module": str,
+    "environment": dict,
+    "world_size": int,
+    "optimizer_steps": int,
+    "tokens": dict,
+    "data": dict,
+}
+"""What ``run.json`` holds; anything but ``status`` may be missing or null."""
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Return the content of a ``run.json``.
+
+    Raises:
+        UserError: It is no JSON object, or holds something else than a run records.
+    """
+    record = read_json(path)
+    advice = "put the file back, or delete it and the run begins anew"
+    for key, kind in _RUN_RECORD.items():
+        value = record.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"'{path}': '{key}' is {value!r:.40}, which no run records; {advice}")
+    splits = (record.get("data") or {}).get("splits")
+    is_known = isinstance(splits, dict) and all(isinstance(split, dict) for split in splits.values())
+    if splits is not None and not is_known:
+        raise UserError(f"'{path}': 'data.splits' is {splits!r:.40}, which no run records; {advice}")
+    return record
 
 
 def atomic_write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -233,7 +272,7 @@ def now() -> str:
 def recorded_run_id(run_dir: Path) -> str | None:
     """Return what tells the products of the run in a directory from those of others; None where no run is recorded."""
     record = run_dir / "run.json"
-    return read_json(record).get("run_id") if record.is_file() else None
+    return read_run_record(record).get("run_id") if record.is_file() else None
 
 
 def is_of_run(path: Path, run_id: str | None) -> bool:

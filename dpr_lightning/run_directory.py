@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 
 from dpr_lightning.checkpoints import is_checkpoint, is_first_rank, resumable_in
 from dpr_lightning.errors import RunIsFinished, UserError
-from dpr_lightning.manifest import is_complete, read_json
+from dpr_lightning.manifest import is_complete, read_run_record
 from dpr_lightning.yaml_text import load_yaml
 
 CHECKPOINTS = "checkpoints"
@@ -126,7 +126,7 @@ def where_to_go_on(run_dir: Path, config: Mapping[str, Any]) -> str | None:
             f"run_dir: '{run_dir}' already holds a run with other settings ({', '.join(other[:_SHOWN])}{more}); "
             "choose another --run_dir, or delete it; --ckpt_path last continues it with the new settings"
         )
-    found = read_json(record) if record.is_file() else {}
+    found = read_run_record(record) if record.is_file() else {}
     if found.get("status") == "finished" and is_complete(run_dir / "final"):
         raise RunIsFinished(
             f"run_dir: '{run_dir}' is finished (optimizer step {found.get('optimizer_steps')}), there is nothing left "
@@ -242,5 +242,5 @@ def _failed_at_once(run_dir: Path) -> bool:
     # One that failed as it resumed has checkpoints of the time before.
     if not record.exists() or any((run_dir / CHECKPOINTS).glob("[!.]*.ckpt*")):
         return False
-    found = read_json(record)
+    found = read_run_record(record)
     return found.get("status") == "failed" and found.get("optimizer_steps") == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from dpr_lightning.evaluation.ranking import pair_up
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.collate import collate
 from dpr_lightning.manifest import atomic_write_json, environment
+from dpr_lightning.terminal import make_console
 from dpr_lightning.types import SamplingConfig
 
 _MAX_TASKS = 2000
@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"--num_prompts: found {parsed.num_prompts}; without --data at most {_MAX_TASKS} can be made")
     verifier = make_verifier(parsed.verifier, parsed.verifier_args)
     policies = policies_from_arguments(parsed)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(160)
     with _material(parsed, policies, verifier, console) as material:
         result = {
             "teacher": policies.teacher,

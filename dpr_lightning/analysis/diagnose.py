@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +48,7 @@ from dpr_lightning.evaluation.statistics import mean_estimate
 from dpr_lightning.evaluation.verifiers import Verifier
 from dpr_lightning.functional.collate import collate
 from dpr_lightning.manifest import atomic_write_json, environment
+from dpr_lightning.terminal import make_console
 from dpr_lightning.types import SamplingConfig
 
 
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
     check_counts(parsed, "num_prompts", "num_samples", "batch_size", "max_prompt_tokens", "max_response_tokens")
     verifier = make_verifier(parsed.verifier, parsed.verifier_args)
     policies = policies_from_arguments(parsed)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(160)
     prompts = _read(parsed, policies, verifier, console)
     result = diagnose(
         policies,

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 from torch import Tensor
 
 from dpr_lightning.analysis.frozen import ScoredResponses
 from dpr_lightning.analysis.preferences import COSTS, DENSE, TEACHER
 from dpr_lightning.evaluation.statistics import Estimate, mean_estimate, share_estimate
+from dpr_lightning.terminal import Table
 
 CENTRED, REFERENCE, ENTROPY, CHANCE = "r_hat - b(s)", "log pi_ref", "entropy", "chance"
 """Further scores: r_hat less its expectation b(s) under pi_SFT, the reference's log-probability, the teacher's entropy

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from dpr_lightning.analysis.frozen import ScoredResponses
 from dpr_lightning.evaluation.association import correlation, rank_correlation
 from dpr_lightning.evaluation.ranking import Pairs, ranking_accuracy
+from dpr_lightning.terminal import Table
 
 DENSE, COSTS, TEACHER, LENGTH = "r_hat", "min(r_hat, 0)", "log pi_SFT", "length"
 """Scores: the dense reward, its negative part alone, the teacher's log-probability, and the number of tokens."""

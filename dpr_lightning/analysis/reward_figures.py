@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from dpr_lightning.analysis.frozen import ScoredResponses
@@ -20,6 +19,7 @@ from dpr_lightning.analysis.preferences import TEACHER
 from dpr_lightning.evaluation.association import between_share, centred_by_prompt, correlation, rank_correlation
 from dpr_lightning.evaluation.ranking import best_by_score
 from dpr_lightning.evaluation.statistics import mean_estimate
+from dpr_lightning.terminal import Table
 
 FORMS: dict[str, float | None] = {"as is": None, "clip_high 0": 0.0}
 """Forms of the reward by name: its limit from above, as ``model.reward.clip_high`` takes it."""

@@ -18,7 +18,7 @@ import joblib
 from dpr_lightning.analysis.experiment import EvaluationSpec, Task, command
 from dpr_lightning.analysis.measure import measure, save_answers, steps_for, token_forwards
 from dpr_lightning.data.preparation import DataPreparation
-from dpr_lightning.manifest import environment, is_complete, read_json, read_manifest, write_directory
+from dpr_lightning.manifest import environment, is_complete, read_manifest, read_run_record, write_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +108,17 @@ def _train(job: Job) -> None:
 
     directory = job.task.directory
     record = directory / "run.json"
-    if record.exists() and read_json(record)["status"] == "finished" and is_complete(directory / "final"):
+    if record.exists() and read_run_record(record).get("status") == "finished" and is_complete(directory / "final"):
         return
     arguments = command(job.task, job.variables)
     if job.task.same_compute_as is not None:
-        forwards = token_forwards(read_json(job.task.same_compute_as / "run.json"))
-        arguments.append(f"--trainer.max_steps={steps_for(forwards, read_json(job.teacher_dir / 'run.json'))}")
+        forwards = token_forwards(read_run_record(job.task.same_compute_as / "run.json"))
+        arguments.append(f"--trainer.max_steps={steps_for(forwards, read_run_record(job.teacher_dir / 'run.json'))}")
     if directory.exists() and not resumable_in(directory / CHECKPOINTS):
         # What a killed run left before its first checkpoint; its name tells its settings.
         shutil.rmtree(directory)
     command_line(arguments)
-    status = read_json(record)["status"]
+    status = read_run_record(record).get("status")
     if status != "finished":
         raise RuntimeError(f"the run ended as '{status}'")
 
@@ -126,7 +126,7 @@ def _train(job: Job) -> None:
 def _measure(job: Job) -> None:
     start = time.perf_counter()
     measured = measure(job.task.directory, job.teacher_dir, job.evaluation)
-    run = read_json(job.task.directory / "run.json")
+    run = read_run_record(job.task.directory / "run.json")
     write_directory(
         job.measured_dir,
         lambda partial: save_answers(partial / "answers.npz", measured.answers),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -46,6 +45,7 @@ from dpr_lightning.manifest import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from dpr_lightning.terminal import make_console
 
 _SETTINGS = "settings.json"
 _PAGE, _IMAGE = "rewards.html", "rewards.png"
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parsed.alpha = [0.5]
     _check(parsed)
     policies = policies_from_arguments(parsed)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(160)
     score(parsed, policies, console)
 
 

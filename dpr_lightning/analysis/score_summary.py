@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rich.table import Table
-
 from dpr_lightning.analysis.token_rewards import TokenRewards
+from dpr_lightning.terminal import Table
 
 NUM_EXTREME = 3
 """Rows shown at each end."""
@@ -90,13 +89,13 @@ class Summary:
         for what, rows in (("lowest", self.lowest), ("highest", self.highest)):
             for row in rows:
                 cells = (what, str(row.row), f"{row.mean:+.4f}", f"{row.sum:+.3f}", str(row.num_tokens))
-                # repr: one line, without what could steer a terminal; markup is escaped.
+                # repr: one line, without what could steer a terminal.
                 table.add_row(*cells, _plain(row.response))
         return table
 
 
 def _plain(text: str) -> str:
-    return ascii(text[:_MAX_CHARACTERS])[1:-1].replace("[", "\\[")
+    return ascii(text[:_MAX_CHARACTERS])[1:-1]
 
 
 def _figures(row: TokenRewards) -> dict[str, Any]:

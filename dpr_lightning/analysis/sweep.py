@@ -8,20 +8,19 @@ import dataclasses
 import hashlib
 import json
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 from rich.console import Console
-from rich.table import Table
 
 from dpr_lightning.analysis.experiment import Experiment, Task, command, data_directory, plan, read_experiment
 from dpr_lightning.analysis.results import collect, summarize, to_markdown
 from dpr_lightning.analysis.runner import Job, prepare, run_all
 from dpr_lightning.errors import UserError
 from dpr_lightning.main import packaged_configs
+from dpr_lightning.terminal import Table, headline, make_console
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -38,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     paths = [Path(path) for path in packaged_configs(parsed.experiments)]
     # All are read first: a mistake in the last one is told before the first has run for an hour.
     experiments = [read_experiment(path) for path in paths]
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = make_console(200)
     with contextlib.nullcontext() if parsed.dry_run else _alone_in(parsed.run_dir):
         for path, experiment in zip(paths, experiments, strict=True):
             sweep(
@@ -70,7 +69,7 @@ def sweep(
     waves = plan(experiment, root, seeds=seeds)
     all_jobs: list[Job] = []
     failed: dict[Path, str] = {}
-    console.rule(f"[bold]{experiment.title}: {sum(map(len, waves.values()))} runs")
+    console.rule(headline(f"{experiment.title}: {sum(map(len, waves.values()))} runs"))
     for tasks in waves.values():
         jobs = [_job(experiment, task, waves["teacher"], root, write=not dry_run) for task in tasks]
         all_jobs += jobs
@@ -90,7 +89,7 @@ def sweep(
             how = "done before" if outcome.was_done else f"{outcome.seconds:.0f} s"
             if outcome.error is not None:
                 failed[task.directory] = f"{task.label}, seed {task.seed}: {outcome.error}"
-                how = f"[red]failed[/red]: {outcome.error}"
+                how = f"failed: {outcome.error}"
             console.print(f"{task.label}, seed {task.seed}: {how}", highlight=False)
     if dry_run:
         return

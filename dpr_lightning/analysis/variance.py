@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +47,7 @@ from dpr_lightning.functional.rewards import DenseReward
 from dpr_lightning.manifest import atomic_write_json, environment
 from dpr_lightning.models.policies import CausalPolicy, load_policy, scatter_tokens
 from dpr_lightning.rollout.scoring import make_rollouts, score_tokens, trim
+from dpr_lightning.terminal import Table, make_console
 from dpr_lightning.types import RolloutBatch, SamplingConfig, TokenScores
 
 _CHUNK_SIZE = 256
@@ -84,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(f"--clip_low: {error}; change one of them") from error
     policies = policies_from_arguments(parsed)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(160)
     responses = _read(parsed, policies, console)
     result = {
         **variance(

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from dpr_lightning.evaluation.answers import Answers
 from dpr_lightning.evaluation.statistics import Estimate, bootstrap_interval, paired_difference, win_rate
+from dpr_lightning.terminal import Table
 
 Result = Mapping[str, Any]
 """What ``report.json`` holds for one seed."""

@@ -30,8 +30,9 @@ from dpr_lightning.demo.verifier import TaskVerifier
 from dpr_lightning.errors import UserError
 from dpr_lightning.evaluation.answers import Answers, answer
 from dpr_lightning.evaluation.ranking import pair_up
-from dpr_lightning.manifest import atomic_write_json, environment, read_json
+from dpr_lightning.manifest import atomic_write_json, environment, read_json, read_run_record
 from dpr_lightning.models.backbone import BackboneConfig, load_tokenizer
+from dpr_lightning.terminal import headline, make_console
 from dpr_lightning.types import SamplingConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -60,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parsed = parser.parse_args(args)
     # A log file has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = make_console(132)
     results = []
     for seed in parsed.seeds:
         result = run_seed(parsed.run_dir / f"seed_{seed}", seed=seed, split=parsed.split, console=console)
@@ -93,24 +94,24 @@ def run_seed(run_dir: Path, *, seed: int, split: str, console: Console) -> dict[
         f"--data.demonstrations.validation_source={files['validation']}",
     ]
 
-    console.rule(f"[bold]1/5 SFT, with references on the way (seed {seed})")
+    console.rule(headline(f"1/5 SFT, with references on the way (seed {seed})"))
     _fit("sft", ["sft"], run_dir / "sft", seed, data)
     sft = run_dir / "sft" / "final"
 
-    console.rule("[bold]2/5 Before any RL: does the dense reward know right from wrong?")
+    console.rule(headline("2/5 Before any RL: does the dense reward know right from wrong?"))
     prompts = {name: _load(files[name], sft) for name in ("validation", "test")}
     ranking = _rank(run_dir / "sft", prompts["validation"], seed)
     report.print_ranking(ranking, console)
 
-    console.rule("[bold]3/5 Dense-Path REINFORCE")
+    console.rule(headline("3/5 Dense-Path REINFORCE"))
     _fit("dpr", ["rollouts", "dpr"], run_dir / "dpr", seed, [f"--model.teacher={run_dir / 'sft'}"])
     compute = _compute(run_dir)
 
-    console.rule(f"[bold]4/5 SFT continued for the same compute ({compute['continued_steps']} steps)")
+    console.rule(headline(f"4/5 SFT continued for the same compute ({compute['continued_steps']} steps)"))
     continued = [f"--model.backbone.name_or_path={sft}", f"--trainer.max_steps={compute['continued_steps']}"]
     _fit("sft", ["sft", "continued"], run_dir / "continued", seed, [*data, *continued])
 
-    console.rule(f"[bold]5/5 {len(prompts[split])} {split} prompts")
+    console.rule(headline(f"5/5 {len(prompts[split])} {split} prompts"))
     policies = {"SFT": sft, "SFT continued": run_dir / "continued" / "final", "DPR": run_dir / "dpr" / "final"}
     answers = _answer(policies, prompts[split], seed)
     result = {
@@ -185,7 +186,7 @@ def _rank(run_dir: Path, prompts: Prompts, seed: int) -> dict[str, Any]:
 
 def _compute(run_dir: Path) -> dict[str, Any]:
     """Count what DPR spent beyond SFT, and how many SFT steps that buys."""
-    sft, dpr = read_json(run_dir / "sft" / "run.json"), read_json(run_dir / "dpr" / "run.json")
+    sft, dpr = read_run_record(run_dir / "sft" / "run.json"), read_run_record(run_dir / "dpr" / "run.json")
     forwards = token_forwards(dpr)
     return {
         "token_forwards": forwards,

@@ -19,6 +19,8 @@ from dpr_lightning.evaluation.reasoning import final_answer
 
 _MARK = "####"
 _BOX = re.compile(r"\\f?boxed\s*(?=\{)")
+_PUNCTUATION = {"\uff0c": ",", "\uff0e": ".", "\u066c": ",", "\u066b": "."}
+"""Full-width and Arabic separators."""
 _BRACE = re.compile(r"(?<!\\)[{}]")
 _MAX_EXPONENT = 999
 """Larger powers are no number of an answer, and evaluating them can take for ever."""
@@ -37,7 +39,7 @@ _DIGITS = (
     r"|(?P<indian>\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])(?:\.\d+)?)"
     # 1,000 and 1 000, also by an underscore or an apostrophe; one separator throughout.
     r"|(?P<grouped>\d{1,3}(?P<mark>[,_'])\d{3}(?:(?P=mark)\d{3})*(?!\d)(?:\.\d+)?)"
-    r"|(?P<spaced>(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/^]| \d)(?:\.\d+)?)"
+    r"|(?P<spaced>(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/^]| \d)(?:\.\d+|,\d{1,2}(?!\d))?)"
     # 12,5: a decimal comma, unless it stands in a list.
     r"|(?P<comma>(?<!\d, )(?<!\d,)(?<!\.)(?<![(\[{])\d+,(?:\d{1,2}|\d{4,})(?![\d,.]|,? \d))"
     r"|(?P<plain>\d+(?:\.\d+)?|(?<!\d)\.\d+)"
@@ -50,7 +52,7 @@ _NUMBER = re.compile(
     # An exponent or an index is no number of its own: "12 cm^2", "x_1".
     r"(?<!\^)(?<!\^[{(-])(?<!\^[{(]-)(?<!\w\*\*)(?<![^\W\d_]_)(?<![^\W\d_]_\{)"
     rf"(?:{_DIGITS})"
-    r"(?:[eE](?P<exponent>[-+]?\d+)(?![\w.])"
+    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w|\.\d)"
     r"|(?:\s*(?:\*|[xX])\s*10\s*\^(?P<ten>[-+]?\d+))"
     r"|\s?\^(?P<power>-?\d+)(?![\d.])"
     # "3/4" and "1 1/2", but neither "1/2/2024" nor "7/x".
@@ -149,6 +151,8 @@ def _plain_character(before: str, mark: str) -> str:
         return "-"
     if mark in "\u2019\u02bc":
         return "'"
+    if mark in _PUNCTUATION:
+        return _PUNCTUATION[mark]
     decomposition = unicodedata.decomposition(mark)
     if decomposition.startswith("<super>"):
         found = unicodedata.normalize("NFKC", mark).replace("\u2212", "-")
@@ -179,14 +183,14 @@ def _numbers(text: str, *, first_only: bool) -> list[Fraction]:
 
 def _value(match: re.Match[str]) -> Fraction | None:
     """Return the value of one literal; None where its exponent is out of bounds or its denominator 0."""
-    if match["points"]:
+    if match["spaced"]:
+        digits = match["spaced"].replace(" ", "").replace(",", ".")
+    elif match["points"]:
         digits = match["points"].replace(".", "").replace(",", ".")
     elif match["comma"]:
         digits = match["comma"].replace(",", ".")
     else:
-        digits = re.sub(
-            "[,_' ]", "", next(match[name] for name in ("indian", "grouped", "spaced", "plain") if match[name])
-        )
+        digits = re.sub("[,_' ]", "", next(match[name] for name in ("indian", "grouped", "plain") if match[name]))
     # By way of Decimal: ``int`` refuses text of more than 4300 digits.
     value = Fraction(Decimal(digits))
     exponents = [match[name] for name in ("exponent", "ten", "power") if match[name]]

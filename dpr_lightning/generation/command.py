@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from dpr_lightning.models.backbone import BackboneConfig, check_token_ids, load_
 from dpr_lightning.models.policies import FrozenTeacher, find_teacher
 from dpr_lightning.models.positions import check_row_length
 from dpr_lightning.rollout.transformers_sampler import TransformersSampler
+from dpr_lightning.terminal import make_console
 from dpr_lightning.types import SamplingConfig
 
 _BATCHES_A_BLOCK = 4
@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parsed = parser.parse_args(args)
-    generate(parsed, Console(width=None if sys.stdout.isatty() else 160))
+    generate(parsed, make_console(160))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

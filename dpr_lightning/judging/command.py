@@ -29,6 +29,7 @@ from dpr_lightning.judging.report import judged_model, print_result
 from dpr_lightning.judging.stored import by_model, read_judgments, repeated
 from dpr_lightning.judging.verifier_judge import VerifierJudge
 from dpr_lightning.manifest import atomic_write_json, atomic_write_text, environment, now
+from dpr_lightning.terminal import make_console
 
 _INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = judge_parser(str(main.__doc__))
     parsed = parser.parse_args(args)
     check(parsed)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console(160)
     prompts = None if parsed.prompts is None else read_entries(parsed.prompts, key="--prompts", with_answers=False)
     order = None if prompts is None else [str(entry.prompt) for entry in prompts]
     preset = make_preset(

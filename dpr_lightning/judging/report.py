@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from dpr_lightning.judging.preset import Preset, Record
 from dpr_lightning.judging.stored import REPEATED_JUDGMENT
 from dpr_lightning.judging.summary import failures, lost_prompts, repeated_prompts, summarize
+from dpr_lightning.terminal import Table
 
 
 def judged_model(
@@ -86,7 +85,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         table = Table("category", title="win rate by category", title_justify="left")
         _number_columns(table, "win rate", "prompts")
         for row in scored[0]["categories"]:
-            table.add_row(escape(row["category"]), show(row), str(row["n"]))
+            table.add_row(row["category"], show(row), str(row["n"]))
         console.print(table)
 
 
@@ -121,7 +120,7 @@ def _print_counts(model: Mapping[str, Any], console: Console) -> None:
 
 
 def _official(models: Sequence[Mapping[str, Any]], title: str) -> Table:
-    table = Table(title=f"{escape(title)}: official figures", title_justify="left")
+    table = Table(title=f"{title}: official figures", title_justify="left")
     if len(models) == 1:
         table.add_column("figure")
         _number_columns(table, "value")
@@ -134,20 +133,20 @@ def _official(models: Sequence[Mapping[str, Any]], title: str) -> Table:
     _number_columns(table, *names)
     for model in sorted(models, key=lambda found: -found["official"][0]["value"]):
         by_name = {figure["name"]: show_figure(figure) for figure in model["official"]}
-        table.add_row(escape(model["model"]), *(by_name.get(name, "") for name in names))
+        table.add_row(model["model"], *(by_name.get(name, "") for name in names))
     return table
 
 
 def _win_rates(models: Sequence[Mapping[str, Any]], title: str) -> Table:
-    table = Table("model", "against", title=f"{escape(title)}; 95% over prompts", title_justify="left")
+    table = Table("model", "against", title=f"{title}; 95% over prompts", title_justify="left")
     units = {model["units"]["wins_ties_losses"] for model in models}
     whole = f"{units.pop() if len(units) == 1 else 'pairs'} won/tied/lost"
     _number_columns(table, "win rate over games", whole, "orders agree", "first shown", "characters", "prompts")
     for model in models:
         win, length = model["win_rate"], model["length"]
         table.add_row(
-            escape(model["model"]),
-            escape(model["baseline"]),
+            model["model"],
+            model["baseline"],
             show(win),
             f"{win['wins']}/{win['ties']}/{win['losses']}",
             show(model["order"]["consistency"]),

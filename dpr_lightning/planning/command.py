@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from dpr_lightning.errors import UserError
 from dpr_lightning.manifest import atomic_write_json, environment, now
@@ -21,6 +19,7 @@ from dpr_lightning.planning.devices import GPUS, Device, attached_gpu, this_cpu
 from dpr_lightning.planning.phases import ORDER, Phase, PhaseName, Planner
 from dpr_lightning.planning.settings import PlannedRun, read_run
 from dpr_lightning.planning.sizes import Given, find_sizes
+from dpr_lightning.terminal import Table, make_console
 
 _GIB = 2**30
 _EPILOG = (
@@ -57,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parsed, rest = parser.parse_known_args(args)
     _check(parsed)
     run = read_run(rest)
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = make_console(132)
     if not plan(run, parsed, console):
         raise SystemExit(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from dpr_lightning.models.policies import find_teacher
 from dpr_lightning.protocol.benchmark import Benchmark, read_benchmark
 from dpr_lightning.protocol.compare import compare_by_metric, compare_ratings, describe, read_rows
 from dpr_lightning.protocol.report import draw_temperatures, print_result, to_markdown
+from dpr_lightning.terminal import headline, make_console
 
 _SIDES = ("policy", "teacher")
 _GRADES_ALONE = "mt_bench"
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
         group.add_argument(f"--{name}")
     group.add_argument("--dry_run", action="store_true", help="answer, and say what judging would cost")
     parsed = parser.parse_args(args)
-    evaluate(parsed, Console(width=None if sys.stdout.isatty() else 160))
+    evaluate(parsed, make_console(160))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def evaluate(parsed: argparse.Namespace, console: Console) -> None:
             raise UserError(f"--temperatures: {name} has a temperature for each category; leave one of the two out")
     results, refused = {}, []
     for name, benchmark in benchmarks.items():
-        console.rule(f"[bold]{benchmark.title}")
+        console.rule(headline(f"{benchmark.title}"))
         rows = []
         for temperature in parsed.temperatures or benchmark.temperatures:
             place = out / name / f"T{temperature:g}"

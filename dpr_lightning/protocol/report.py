@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from rich.console import Console
-from rich.table import Table
+
+from dpr_lightning.terminal import Table
 
 _COLUMNS = ("benchmark", "T", "figure", "policy", "teacher", "difference or win rate [95%]", "tokens", "cut off")
 

@@ -34,6 +34,9 @@ CASES = [
     ("1, 2,3", 3),
     ("(2,3)", 3),
     ("12,5", Fraction("12.5")),
+    ("1 234,50", Fraction("1234.5")),
+    ("\uff11\uff0c\uff10\uff10\uff10", 1000),
+    ("it is 1e+3.", 1000),
     # Exponents and powers.
     ("x = 1e3", 1000),
     ("1.5e-3", Fraction("0.0015")),
