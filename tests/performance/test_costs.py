@@ -94,6 +94,8 @@ def test_a_rollout_costs_its_tokens(family: str, tiny_model: Callable[..., PreTr
     prompts = [torch.randint(3, 48, (n,), generator=GENERATOR).tolist() for n in (4, 9, 1, 15, 6, 2)]
     settings = SamplingConfig(max_new_tokens=20, batch_size=3)
     lengths: list[int] = []
+    # Once for a model, and not for a rollout.
+    TransformersSampler().check_model(model)
 
     def sample() -> None:
         samples = TransformersSampler().sample(model, prompts, config=settings, eos_token_id=2, seed=0)
