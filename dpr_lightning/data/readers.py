@@ -20,6 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dpr_lightning.data.text_rows import holds_an_array, text_rows
 from dpr_lightning.errors import UserError
+from dpr_lightning.models.location import is_missing_directory
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -117,7 +118,9 @@ def local_files(source: str, key: str) -> tuple[str, ...]:
             f"{key}: {source} is a directory; give a file or a pattern such as {source.rstrip('/')}/*.jsonl"
         )
     files = (str(path),) if path.is_file() else tuple(sorted(glob.glob(str(path), recursive=True)))
-    if not files and (path.suffix.lower() in FILE_KINDS or glob.has_magic(source) or path.is_absolute()):
+    # What the hub cannot know is refused here: to try it would take most of a minute.
+    is_local = path.suffix.lower() in FILE_KINDS or glob.has_magic(source) or is_missing_directory(source)
+    if not files and is_local:
         raise UserError(f"{key}: no file {source} (looked from {Path.cwd()}); give an existing path")
     for file in files:
         if Path(file).suffix.lower() not in FILE_KINDS:

@@ -42,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--benchmarks", nargs="+", required=True, help="such as configs/evaluation/ifeval.yaml")
     parser.add_argument("--data_dir", type=Path, help="where the benchmarks' files of prompts are")
     parser.add_argument("--teacher", help="compare with this model; the run's own start if left out")
+    parser.add_argument("--revision", help="branch, tag or commit of --teacher on the hub")
     parser.add_argument("--out", type=Path, help="directory of everything; evaluation/ in the run's if left out")
     parser.add_argument("--temperatures", type=float, nargs="+", help="in place of the benchmarks' own")
     parser.add_argument("--limit", type=int, help="answer the first prompts of each benchmark only")
@@ -182,6 +183,8 @@ def _answer(
             "category_temperatures": benchmark.category_temperatures,
             "max_new_tokens": benchmark.max_new_tokens,
             "num_samples": benchmark.num_samples,
+            # A run and its own start know theirs.
+            "revision": parsed.revision if side == "teacher" and parsed.teacher is not None else None,
             **{name: getattr(parsed, name) for name in ("limit", "seed", "batch_size", "dtype", "device")},
         }
         generate(_flags(arguments))
