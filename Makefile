@@ -6,6 +6,7 @@ SETUP := $(VENV)/.setup-done
 TEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
 
 # Peers of the benchmarks, each in an environment of its own.
 TRL := .venv-trl
@@ -20,10 +21,10 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(SETUP)
 	$(BIN)/dpr-lightning demo
 
-# A process for each core; a file's tests stay together, as they share what is slow to make. In their own order, slow
-# folders come first, so that no process is left alone with one at the end.
+# A process for each core and one more, as some tests wait for others' processes; a file's tests stay together, as they
+# share what is slow to make. In their own order, slow folders come first, so that none is left alone at the end.
 test: $(SETUP)
-	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # docs/performance.md has the arguments and what is measured.
 bench: $(SETUP) $(TRL)/.setup-done $(VLLM)/.setup-done

@@ -23,7 +23,7 @@ _PRELOAD = [
     "transformers.models.llama.modeling_llama",
 ]
 _POINTS = {
-    "rollout": "dpr_lightning.rollout.transformers_sampler:draw",
+    "rollout": "dpr_lightning.rollout.continuous:draw",
     "scoring": "dpr_lightning.rollout.scoring:_score_micro_batch",
     "micro-batch": "dpr_lightning.modules.base:CausalLMModule.finish_step",
     "update": "torch.optim:AdamW.step",

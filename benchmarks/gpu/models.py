@@ -90,7 +90,8 @@ class RandomLlama(LlamaForCausalLM):
         if config.mean_response_tokens is not None:
             _set_eos_rate(model, config.mean_response_tokens)
         model.eval()
-        return (model, {"missing_keys": set()}) if output_loading_info else model
+        report = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+        return (model, report) if output_loading_info else model
 
 
 @torch.no_grad()

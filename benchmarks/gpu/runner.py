@@ -96,7 +96,7 @@ class PartProcess:
         self.part = part
         self.log = work_dir / f"{part.name}-{function}.log"
         path = work_dir / f"{part.name}-{function}.json"
-        path.write_text(json.dumps(settings), encoding="utf-8")
+        path.write_text(json.dumps(settings | {"parent": os.getpid()}), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.gpu.worker", part.module, function, str(path)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -112,9 +112,13 @@ def main() -> None:
     # Killed when the command dies, even by SIGKILL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     module, what, path = sys.argv[1:4]
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    if os.getppid() != settings["parent"]:
+        # It died before it could be followed.
+        return
     if what == "prepare":
         os.nice(10)
-    context = Context(json.loads(Path(path).read_text(encoding="utf-8")))
+    context = Context(settings)
     sys.argv[1:] = []
     getattr(importlib.import_module(module), what)(context)
 

@@ -53,6 +53,9 @@ def find_decoding(model: PreTrainedModel) -> Decode:
         UserError: None of them does.
     """
     if model in _FOUND:
+        if _FOUND[model] is decode_packed:
+            # Whoever set the model's attention meanwhile took the layouts out.
+            ragged.enable(model)
         return _FOUND[model]
     was_training = model.training
     model.eval()

@@ -165,12 +165,13 @@ DEATHS = {
         Death("export", after=True),
         Death("record"),
     ],
+    # Before the first rollout, a process draws five tokens to check that the model decodes as it scores.
     "dpr": [
-        Death("rollout", 3),
+        Death("rollout", 8),
         Death("scoring", 2),
         Death("micro-batch", 2),
         Death("update", 3),
-        Death("rollout", 2),
+        Death("rollout", 7),
         Death("write", 2),
         Death("scoring", 4),
         Death("update", 1),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_fit_refuses_longer_rows_before_weights_load(
 ) -> None:
     tiny_tokenizer.save_pretrained(directory)
     (directory / "model.safetensors").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": len(tiny_tokenizer)}))
     configs = Path(__file__).parents[3] / "configs"
     files = [configs / "base.yaml", configs / "recipe" / "sft.yaml", configs / "hardware" / "cpu.yaml"]
     with pytest.raises((UserError, SystemExit)) as caught:
