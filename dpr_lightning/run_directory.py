@@ -157,9 +157,10 @@ def find_trained_weights(run_dir: Path) -> str:
     if is_complete(final):
         rank_zero_info(f"Evaluating the trained model '{final}'")
         return str(final)
-    directory = run_dir / CHECKPOINTS
-    found = "an unfinished run" if resumable_in(directory) else "no trained model"
-    advice = "--ckpt_path last takes its newest checkpoint; " if resumable_in(directory) else ""
+    if resumable_in(run_dir / CHECKPOINTS):
+        found, advice = "an unfinished run", "--ckpt_path last takes its newest checkpoint; "
+    else:
+        found, advice = "no trained model", ""
     raise UserError(
         f"run_dir: '{run_dir}' holds {found}, so there are no final weights to evaluate; set run_dir to a finished "
         f"run; {advice}--ckpt_path initial evaluates the weights that the run starts from"

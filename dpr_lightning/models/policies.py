@@ -344,7 +344,7 @@ def _is_same_place(first: str, second: str) -> bool:
     """Return whether two directories or hub names are one."""
     if first == second:
         return True
-    return Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
+    return exists(Path(first)) and exists(Path(second)) and Path(first).samefile(second)
 
 
 def refuse_equal_weights(teacher: CausalPolicy, references: Mapping[str, CausalPolicy]) -> None:

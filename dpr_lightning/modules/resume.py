@@ -43,7 +43,6 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
     """
     if before == now:
         return
-    fit_loop = checkpoint["loops"]["fit_loop"]
     progress = _batch_progress(checkpoint)
     done = progress["current"]["processed"]
     if done % before and not progress["is_last_batch"]:
@@ -56,9 +55,8 @@ def rescale_progress(checkpoint: dict[str, Any], *, before: int, now: int) -> No
         scaled = counts["processed"] * now // before
         progress[part] = {name: scaled - (counts["processed"] - count) for name, count in counts.items()}
     finish_epoch(checkpoint)
-    for state in fit_loop["state_dict"].get("combined_loader", []):
-        if isinstance(state, dict) and "position" in state:
-            state["position"] = state["position"] * now // before
+    for state in _loader_states(checkpoint):
+        state["position"] = state["position"] * now // before
 
 
 def restore_place(checkpoint: dict[str, Any], data: Any, *, before: dict[str, int], now: dict[str, int]) -> None:
@@ -78,8 +76,8 @@ def restore_place(checkpoint: dict[str, Any], data: Any, *, before: dict[str, in
     Raises:
         UserError: The DataModule cannot resume inside an epoch with other steps, or the checkpoint lies in a step.
     """
-    progress, fit_loop = _batch_progress(checkpoint), checkpoint["loops"]["fit_loop"]
-    epoch, done = fit_loop["epoch_progress"]["current"]["processed"], progress["current"]["processed"]
+    progress = _batch_progress(checkpoint)
+    epoch, done = _epoch_progress(checkpoint)["current"]["processed"], progress["current"]["processed"]
     first_row = before["first_row"] if before["resumed_epoch"] == epoch else 0
     is_same = before["global_batch_size"] == now["global_batch_size"] and not first_row
     if is_same or progress["is_last_batch"] or (done == 0 and not first_row):
@@ -98,15 +96,11 @@ def restore_place(checkpoint: dict[str, Any], data: Any, *, before: dict[str, in
     first_row += num_steps * before["global_batch_size"]
     resume_at(epoch, first_row)
     rank_zero_info(f"The run resumes at row {first_row} of epoch {epoch}, {now['global_batch_size']} rows a step")
-    for part in ("current", "total"):
-        epochs = fit_loop["epoch_progress"][part]
-        fit_loop["epoch_progress"][part] = dict.fromkeys(epochs, epochs["processed"])
-    progress["current"] = dict.fromkeys(progress["current"], 0)
+    _leave_epoch(checkpoint)
     # All that was begun is done: else Lightning completes a batch of the new epoch in its place.
     progress["total"] = dict.fromkeys(progress["total"], progress["total"]["processed"])
-    for state in fit_loop["state_dict"].get("combined_loader", []):
-        if isinstance(state, dict) and "position" in state:
-            state["position"] = 0
+    for state in _loader_states(checkpoint):
+        state["position"] = 0
 
 
 def settle_place(checkpoint: dict[str, Any]) -> None:
@@ -120,30 +114,45 @@ def settle_place(checkpoint: dict[str, Any]) -> None:
     Args:
         checkpoint: Lightning's, changed in place.
     """
-    fit_loop = checkpoint["loops"]["fit_loop"]
-    batches, epochs = _batch_progress(checkpoint), fit_loop["epoch_progress"]
+    batches, epochs = _batch_progress(checkpoint), _epoch_progress(checkpoint)
     num_done = batches["current"]["completed"]
     is_next_fetched = batches["current"]["ready"] > num_done
     if num_done == 0 or (batches["is_last_batch"] and not is_next_fetched):
-        for part in ("current", "total"):
-            epochs[part] = dict.fromkeys(epochs[part], epochs[part]["processed"])
-        batches["current"] = dict.fromkeys(batches["current"], 0)
+        _leave_epoch(checkpoint)
     else:
         for part in ("current", "total"):
             begun = epochs[part]["ready"]
             epochs[part] = dict.fromkeys(epochs[part], begun) | {"processed": begun - 1, "completed": begun - 1}
             done = batches[part]["completed"]
             batches[part] = dict.fromkeys(batches[part], done) | {"completed": done - 1}
-        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        for state in fit_loop["state_dict"].get("combined_loader", []):
-            if isinstance(state, dict) and "position" in state:
-                state["position"] = num_done
+        checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        for state in _loader_states(checkpoint):
+            state["position"] = num_done
     batches["is_last_batch"] = False
 
 
 def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     progress: dict[str, Any] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return progress
+
+
+def _epoch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    progress: dict[str, Any] = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    return progress
+
+
+def _loader_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the states of the training loaders that keep a place."""
+    states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    return [state for state in states if isinstance(state, dict) and "position" in state]
+
+
+def _leave_epoch(checkpoint: dict[str, Any]) -> None:
+    """Write the place as that of an epoch that has not begun."""
+    epochs, batches = _epoch_progress(checkpoint), _batch_progress(checkpoint)
+    for part in ("current", "total"):
+        epochs[part] = dict.fromkeys(epochs[part], epochs[part]["processed"])
+    batches["current"] = dict.fromkeys(batches["current"], 0)
 
 
 def random_states() -> list[dict[str, Any]]:
